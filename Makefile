@@ -1,0 +1,52 @@
+# `make demo`, `make test` and `make lint` make .venv on first use; nothing else is needed but Python 3.11.
+#
+#   TORCH_BUILD   build of torch to take: cpu (default), cu126, cu128, ... ; empty for whatever PyPI serves
+#                 e.g.  make demo TORCH_BUILD=cu128
+#   PYTHON        the interpreter that .venv is made with
+#   JOBS          pytest workers
+
+PYTHON ?= python3.11
+TORCH_BUILD ?= cpu
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp-$(or $(TORCH_BUILD),pypi)
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+# macOS wheels carry no local version: there the plain release is the CPU build.
+TORCH_LOCAL := $(if $(and $(TORCH_BUILD),$(filter-out Darwin,$(shell uname -s))),+$(TORCH_BUILD))
+TORCH := torch==$(TORCH_VERSION)$(TORCH_LOCAL)
+TORCH_INDEX := https://download.pytorch.org/whl/$(TORCH_BUILD)
+
+.PHONY: demo test lint typecheck format clean
+
+demo: $(STAMP)
+	$(BIN)/qgraph demo $(ARGS)
+
+# One torch thread a worker: two workers fill the two cores.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(STAMP) typecheck
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# The type checker reads the package as it is installed, not the three source folders.
+typecheck: $(STAMP)
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/installed .
+	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p qgraph
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# torch first, in the build asked for: a configured index may hold it; if not, PyTorch's own does.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)" || $(BIN)/pip install --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/pip install --quiet "setuptools>=77.0.3" wheel
+	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[demo,test,lint]"
+	touch $@

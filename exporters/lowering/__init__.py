@@ -1,0 +1,1 @@
+"""From a frozen site to ONNX nodes."""
