@@ -1,0 +1,238 @@
+"""QuantSpec and SparsitySpec: how one operand is quantized, and which weights are pruned."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from qgraph import notation
+from qgraph.errors import ConfigError
+from qgraph.rules import near
+
+__all__ = ["QuantSpec", "SparsitySpec", "checked_keys", "set_field"]
+
+Scheme = Literal["affine", "linear"]
+Granularity = Literal["tensor", "channel", "block", "token"]
+Method = Literal["ddt", "ste", "lsq"]
+Scale = Literal["minmax", "absmean"]
+SparsityKind = Literal["n:m", "unstructured", "block"]
+
+TERNARY = 1.58
+MAX_BITS = 8
+DEFAULT_LAM = 0.01  # the paper's ridge penalty, in integer units of the codes, for every bit width
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How one operand is quantized.
+
+    Parameters
+    ----------
+    bits : int or float
+        1..8, or 1.58 for ternary.
+    scheme : "affine" or "linear", optional
+        Affine levels are 0..2^bits-1 with a zero point, linear ones are symmetric about zero. Ternary is
+        linear; everything else is affine unless said.
+    granularity : "tensor", "channel", "block" or "token"
+        Which values share a scale. A weight takes tensor, channel (one group per output channel) or block
+        (runs of `group_size` along the contracted dimensions); an activation takes tensor, token or block.
+    group_size : int, optional
+        The length of a block; given with "block" and only then.
+    method : "ddt", "ste" or "lsq"
+        The denoising transform, plain straight-through rounding, or a learned step size.
+    scale : "minmax" or "absmean"
+        Where the scale comes from; "absmean" belongs to method "ste" with the linear scheme.
+    lam : float
+        Ridge penalty of the denoising regression.
+    """
+
+    bits: float
+    scheme: Scheme | None = None
+    granularity: Granularity = "channel"
+    group_size: int | None = None
+    method: Method = "ddt"
+    scale: Scale = "minmax"
+    lam: float = DEFAULT_LAM
+
+    def __post_init__(self) -> None:
+        set_field(self, "bits", _checked_bits(self.bits))
+        if self.scheme is None:
+            set_field(self, "scheme", "linear" if self.bits == TERNARY else "affine")
+        _check_choice("scheme", self.scheme, Scheme)
+        _check_choice("granularity", self.granularity, Granularity)
+        _check_choice("method", self.method, Method)
+        _check_choice("scale", self.scale, Scale)
+        if self.bits == TERNARY and self.scheme == "affine":
+            raise ConfigError("QuantSpec: ternary levels are -1, 0, 1, so 1.58 bits take scheme='linear'.")
+        if self.scale == "absmean" and (self.method != "ste" or self.scheme != "linear"):
+            raise ConfigError(
+                f"QuantSpec: scale='absmean' belongs to method='ste' and scheme='linear', "
+                f"found method={self.method!r} and scheme={self.scheme!r}."
+            )
+        self._check_group_size()
+        if not _is_number(self.lam) or not 0 <= self.lam < math.inf:
+            raise ConfigError(f"QuantSpec: lam is a finite number of at least 0, found {self.lam!r}.")
+
+    def _check_group_size(self) -> None:
+        if self.granularity != "block":
+            if self.group_size is not None:
+                raise ConfigError(
+                    f"QuantSpec: group_size={self.group_size!r} needs granularity='block', "
+                    f"found granularity={self.granularity!r}."
+                )
+            return
+        if not _is_int(self.group_size) or self.group_size < 1:  # type: ignore[operator]
+            raise ConfigError(
+                f"QuantSpec: granularity='block' needs a group_size of at least 1, found {self.group_size!r}."
+            )
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """The smallest and the largest code. Binary linear has only these two, and no 0 between them."""
+        if self.scheme == "affine":
+            return 0, 2 ** int(self.bits) - 1
+        top = 1 if self.bits in (1, TERNARY) else 2 ** (int(self.bits) - 1) - 1
+        return -top, top
+
+    @property
+    def storage_bits(self) -> float:
+        """Bits that one code carries: `bits`, and log2(3) for ternary."""
+        return math.log2(3) if self.bits == TERNARY else float(self.bits)
+
+    def __str__(self) -> str:
+        group = f"block {self.group_size}" if self.granularity == "block" else self.granularity
+        bits = "ternary" if self.bits == TERNARY else f"{self.bits}-bit"
+        scale = " absmean" if self.scale == "absmean" else ""
+        return f"{bits} {self.scheme} {self.method}{scale} per {group}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `QuantSpec.from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "QuantSpec":
+        """Read what `to_dict` wrote; unknown keys are an error."""
+        return cls(**checked_keys("QuantSpec", data, cls))
+
+
+@dataclass(frozen=True, slots=True)
+class SparsitySpec:
+    """Which weights are pruned: N kept of every M, a fraction, or a fraction in blocks.
+
+    Parameters
+    ----------
+    kind : "n:m", "unstructured" or "block"
+    n, m : int, optional
+        Of every `m` weights along the input dimension the `n` largest are kept; 1 <= n <= m <= 32.
+    ratio : float, optional
+        The fraction that is pruned, above 0 and below 1.
+    block_shape : tuple of int, optional
+        Rows and columns of the blocks that are kept or pruned whole.
+    """
+
+    kind: SparsityKind
+    n: int | None = None
+    m: int | None = None
+    ratio: float | None = None
+    block_shape: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("kind", self.kind, SparsityKind, owner="SparsitySpec")
+        wanted = {"n:m": ("n", "m"), "unstructured": ("ratio",), "block": ("ratio", "block_shape")}[self.kind]
+        for name in ("n", "m", "ratio", "block_shape"):
+            given = getattr(self, name) is not None
+            if given != (name in wanted):
+                state = "does not take" if given else "needs"
+                raise ConfigError(
+                    f"SparsitySpec: kind={self.kind!r} {state} {name}; it takes {', '.join(wanted)}."
+                )
+        if self.kind == "n:m":
+            self._check_counts()
+        else:
+            self._check_ratio()
+
+    def _check_counts(self) -> None:
+        n, m = self.n, self.m
+        if not (_is_int(n) and _is_int(m) and 1 <= n <= m <= notation.MAX_M):  # type: ignore[operator]
+            raise ConfigError(
+                f"sparsity {n}:{m}: N of every M weights are kept, so 1 <= N <= M <= {notation.MAX_M}."
+            )
+
+    def _check_ratio(self) -> None:
+        if not _is_number(self.ratio) or not 0 < self.ratio < 1:  # type: ignore[operator]
+            found = notation.format_percent(self.ratio) if _is_number(self.ratio) else repr(self.ratio)  # type: ignore[arg-type]
+            raise ConfigError(
+                f"sparsity {found}: the fraction that is pruned lies above 0 % and below 100 %."
+            )
+        if self.block_shape is None:
+            return
+        if isinstance(self.block_shape, list):
+            set_field(self, "block_shape", tuple(self.block_shape))
+        shape = self.block_shape
+        if not (isinstance(shape, tuple) and len(shape) == 2 and all(_is_int(s) and s > 0 for s in shape)):
+            raise ConfigError(f"SparsitySpec: block_shape is two sizes of at least 1, found {shape!r}.")
+
+    @classmethod
+    def parse(cls, text: "str | SparsitySpec") -> "SparsitySpec":
+        """Read `2:4`, `70%` or `70%[4x4]`.
+
+        >>> SparsitySpec.parse("2:4")
+        SparsitySpec(kind='n:m', n=2, m=4, ratio=None, block_shape=None)
+        """
+        if isinstance(text, cls):
+            return text
+        if not isinstance(text, str):
+            hint = ' YAML reads an unquoted 2:4 as a number; write "2:4".' if _is_int(text) else ""
+            raise ConfigError(f"sparsity {text!r}: expected text such as '2:4' or '70%'.{hint}")
+        return cls(**notation.read_sparsity(text))  # type: ignore[arg-type]
+
+    @property
+    def density(self) -> float:
+        """The fraction of weights that is kept."""
+        return self.n / self.m if self.n and self.m else 1.0 - (self.ratio or 0.0)
+
+    def __str__(self) -> str:
+        if self.kind == "n:m":
+            return f"{self.n}:{self.m}"
+        block = "[{}x{}]".format(*self.block_shape) if self.block_shape else ""
+        return notation.format_percent(self.ratio or 0.0) + block
+
+
+def _checked_bits(bits: Any) -> float:
+    if _is_number(bits):
+        if bits == TERNARY:
+            return TERNARY
+        if bits == int(bits) and 1 <= bits <= MAX_BITS:
+            return int(bits)
+    raise ConfigError(f"QuantSpec: bits are 1..8, or 1.58 for ternary, found {bits!r}.")
+
+
+def _check_choice(name: str, value: Any, choices: Any, owner: str = "QuantSpec") -> None:
+    if not isinstance(value, str) or value not in choices.__args__:
+        raise ConfigError(f"{owner}: {name} is one of {', '.join(choices.__args__)}, found {value!r}.")
+
+
+def checked_keys(what: str, data: Any, cls: type) -> dict[str, Any]:
+    """A mapping as a dict, every key of it a field of the dataclass `cls`."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{what}: expected a mapping, found {type(data).__name__}.")
+    known = [field.name for field in fields(cls)]
+    for key in data:
+        if key not in known:
+            raise ConfigError(
+                f"{what}: unknown key {key!r}{near(str(key), known)}; the keys are {', '.join(known)}."
+            )
+    return dict(data)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def set_field(spec: Any, name: str, value: Any) -> None:
+    """Set a field of a frozen value while it is being made."""
+    object.__setattr__(spec, name, value)
