@@ -175,11 +175,11 @@ class GraphBuilder:
         return value
 
     def output(self, value: ir.Value, name: str | None = None, dtype: Any = None, shape: Any = None) -> None:
-        """Declare a graph output, renamed when `name` is given."""
+        """Declare a graph output, renamed when `name` is given; a missing type or shape is inferred."""
         if name is not None:
             value.name = name
-        if dtype is not None or value.type is None:
-            value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype or np.float32)))
+        if dtype is not None:
+            value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype)))
         if shape is not None:
             value.shape = ir.Shape(shape)
         self.graph.outputs.append(value)
