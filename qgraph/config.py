@@ -265,7 +265,5 @@ def _activation_spec(bits: float | None, group: int | str | None) -> QuantSpec |
 
 def _rule_from_data(data: Any) -> Rule:
     values = checked_keys("Rule", data, Rule)
-    if set(values) != {"match", "config"}:
-        raise ConfigError(f"Rule: expected the keys match and config, found {sorted(values)}.")
     config = values["config"]
     return Rule(rules.match_from_data(values["match"]), None if config is None else QConfig.from_dict(config))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 from qgraph import notation
@@ -213,7 +213,7 @@ def _check_choice(name: str, value: Any, choices: Any, owner: str = "QuantSpec")
 
 
 def checked_keys(what: str, data: Any, cls: type) -> dict[str, Any]:
-    """A mapping as a dict, every key of it a field of the dataclass `cls`."""
+    """A mapping as a dict, its keys the fields of the dataclass `cls`."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{what}: expected a mapping, found {type(data).__name__}.")
     known = [field.name for field in fields(cls)]
@@ -222,6 +222,9 @@ def checked_keys(what: str, data: Any, cls: type) -> dict[str, Any]:
             raise ConfigError(
                 f"{what}: unknown key {key!r}{near(str(key), known)}; the keys are {', '.join(known)}."
             )
+    for field in fields(cls):
+        if field.default is MISSING and field.name not in data:
+            raise ConfigError(f"{what}: {field.name} is missing; the keys are {', '.join(known)}.")
     return dict(data)
 
 
