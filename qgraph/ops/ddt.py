@@ -1,0 +1,161 @@
+"""The denoising dequantization transform: hand-written forward and closed-form backward.
+
+Works on one piece of a tensor, shape (rows, groups, values); `qgraph.ops.fake_quantize` cuts and joins. The
+plain autograd version that these are held to is in `reference.py`.
+
+Everything is computed in units of the step s, so that no statistic depends on the magnitude of the values.
+With `f = (x - b) / s` for the dense x, `q` the codes, `e = f - q` (all the noise: rounding, clipping,
+pruning), bars for means over the group and `qc = q - mean q` (linear: `qc = q`):
+
+    V = mean(qc^2) + lam,   a = mean(f qc) / V = (mean(qc^2) + mean(e qc)) / V,   k = 1 - a
+    y = s a qc + mean x     (linear: without mean x)
+
+Source: arXiv 2409.09245, restated in the project's ddt.md, whose `a` is `s a` here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgraph.config import QuantSpec
+from qgraph.ops.codes import affine_scale, linear_scale, round_affine, round_linear, work_dtype
+
+
+class DDT(torch.autograd.Function):
+    """`y, stats = DDT.apply(dense, sparse, spec)`: denoised values and the statistics that define them.
+
+    Parameters
+    ----------
+    dense : Tensor, shape (rows, groups, values), float
+        The original values; the only input that receives a gradient.
+    sparse : Tensor of the same shape, or None
+        `dense` with pruned values set to 0, taken as `dense + constant`: its part of the gradient is in that
+        of `dense`.
+    spec : QuantSpec
+
+    Notes
+    -----
+    Backward, upstream gradient h, `m = mean(h qc)`, with step and offset constant:
+
+        dL/dx = a h + k mean(h) + (m / V) (2 k qc + e - mean e)     (linear: without mean(h) and mean(e))
+
+    which is ddt.md's form after `xc / s = qc + e - mean e`; written so that nothing large cancels at 8 bits.
+    Kept for it: the inputs and six scalars a group. Codes are recomputed.
+    """
+
+    @staticmethod
+    def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        qc, stats = centred_codes(dense, sparse, spec)
+        step, _, _, mean, slope, _ = stats.split(1, dim=-1)
+        gain = slope * step
+        y = torch.addcmul(mean, qc, gain) if spec.scheme == "affine" else qc.mul_(gain)
+        return y.to(dense.dtype), stats
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        dense, sparse, ctx.spec = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dense, sparse, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grads[0] is None:
+            return None, None, None
+        dense, sparse, stats = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grad = differentiable_gradient(grads[0], dense, sparse, ctx.spec)
+        else:
+            grad = gradient(grads[0], dense, sparse, stats, ctx.spec)
+        return grad, None, None
+
+
+def centred_codes(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """`qc` and the statistics (step, offset, mean q, mean x, a, V), shape (rows, groups, 6), of each group.
+
+    Linear schemes have offset, mean q and mean x 0, and `qc` is q.
+    """
+    wide = dense.to(work_dtype(dense.dtype))
+    pruned = None if sparse is None else sparse.to(wide.dtype)
+    step, offset = _step_and_offset(wide if pruned is None else pruned, spec, pruned is not None)
+    q, noise = _codes_and_noise(wide, pruned, step, offset, spec)
+    if offset is not None:
+        mean_q = q.mean(dim=-1, keepdim=True)
+        mean_x = torch.addcmul(offset, mean_q + noise.mean(dim=-1, keepdim=True), step)
+        q = q.sub_(mean_q)
+    else:
+        mean_q = mean_x = offset = torch.zeros_like(step)
+    covariance = noise.mul_(q).mean(dim=-1, keepdim=True)
+    variance = noise.copy_(q).mul_(q).mean(dim=-1, keepdim=True)  # the buffer is free by now
+    ridge = _nonzero(variance + spec.lam)
+    slope = (variance + covariance) / ridge
+    return q, torch.cat([step, offset, mean_q, mean_x, slope, ridge], dim=-1)
+
+
+def gradient(h: Tensor, dense: Tensor, sparse: Tensor | None, stats: Tensor, spec: QuantSpec) -> Tensor:
+    """dL/d dense from the upstream gradient `h` and the statistics of the forward pass."""
+    affine = spec.scheme == "affine"
+    step, offset, mean_q, _, slope, ridge = stats.split(1, dim=-1)
+    wide = dense.to(step.dtype)
+    pruned = None if sparse is None else sparse.to(step.dtype)
+    h = h.to(step.dtype)
+    q, noise = _codes_and_noise(wide, pruned, step, offset if affine else None, spec)
+    if affine:
+        q = q.sub_(mean_q)
+    push = (h * q).mean(dim=-1, keepdim=True).div_(ridge)
+    rest = 1 - slope
+    grad = q.mul_(2 * push * rest).addcmul_(noise, push).addcmul_(h, slope)
+    if affine:
+        grad = grad.add_(rest * h.mean(dim=-1, keepdim=True) - push * noise.mean(dim=-1, keepdim=True))
+    return grad.to(dense.dtype)
+
+
+def differentiable_gradient(h: Tensor, dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> Tensor:
+    """`gradient` in plain differentiable operations of `h` and `dense`, for a second backward pass.
+
+    Step, offset and noise are constants here as they are in the first derivative.
+    """
+    wide, h = dense.to(work_dtype(dense.dtype)), h.to(work_dtype(dense.dtype))
+    with torch.no_grad():
+        pruned = None if sparse is None else sparse.to(wide.dtype)
+        step, offset = _step_and_offset(wide if pruned is None else pruned, spec, pruned is not None)
+        _, noise = _codes_and_noise(wide, pruned, step, offset, spec)
+    f = wide / step if offset is None else (wide - offset) / step
+    q = f - noise
+    if offset is not None:
+        q, f = q - q.mean(dim=-1, keepdim=True), f - f.mean(dim=-1, keepdim=True)
+    ridge = _nonzero((q * q).mean(dim=-1, keepdim=True) + spec.lam)
+    slope = (f * q).mean(dim=-1, keepdim=True) / ridge
+    push = (h * q).mean(dim=-1, keepdim=True) / ridge
+    grad = slope * h + push * (f + (1 - 2 * slope) * q)
+    if offset is not None:
+        grad = grad + (1 - slope) * h.mean(dim=-1, keepdim=True)
+    return grad.to(dense.dtype)
+
+
+def _step_and_offset(x: Tensor, spec: QuantSpec, sparse: bool) -> tuple[Tensor, Tensor | None]:
+    if spec.scheme == "affine":
+        return affine_scale(x, spec.levels[1])
+    return linear_scale(x, spec, sparse), None
+
+
+def _codes_and_noise(
+    dense: Tensor, pruned: Tensor | None, step: Tensor, offset: Tensor | None, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    """q and e = f - q, two fresh tensors that the caller may overwrite; f is that of the dense values."""
+    f = _positions(dense, step, offset)
+    source = f if pruned is None else _positions(pruned, step, offset)
+    q = round_affine(source) if offset is not None else round_linear(source, spec, pruned is not None)
+    return q, f.sub_(q)
+
+
+def _positions(x: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
+    return x / step if offset is None else (x - offset).div_(step)
+
+
+def _nonzero(ridge: Tensor) -> Tensor:
+    """With lam = 0 a group of equal codes has V = 0; its slope is 0 / 1. NaN stays."""
+    return ridge.masked_fill(ridge == 0, 1.0)

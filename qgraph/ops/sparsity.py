@@ -1,0 +1,115 @@
+"""Pruning by magnitude: which values stay (N:M, unstructured, blocks), and zeroing the rest with an identity
+gradient.
+
+Ties are broken by position, the lowest index stays, so the same weight gives the same mask on every device. A
+NaN counts as infinitely large: it is kept where it can be seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgraph.config import SparsitySpec
+from qgraph.ops.groups import Groups
+
+
+def sparsify(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
+    """`w` with the values that `sparsity_mask` does not keep set to 0; the gradient is the identity.
+
+    Pruned values receive their gradient too, so they can grow and come back.
+
+    Parameters
+    ----------
+    w : Tensor, float
+    sparsity : SparsitySpec
+    groups : Groups
+        Says what a row is; its block length plays no part.
+    """
+    return _Sparsify.apply(w, sparsity, groups)
+
+
+@torch.no_grad()
+def sparsity_mask(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
+    """Which values stay, a bool tensor of the shape of `w`.
+
+    - "n:m": of every m values along a row the n of largest magnitude; of the last, shorter run at most n as
+      well.
+    - "unstructured": of the whole tensor all but `round(ratio * numel)`, at least one.
+    - "block": the rows are tiled with `block_shape`, partial tiles at the edges included; all but
+      `round(ratio * tiles)` of the tiles stay, those with the largest mean magnitude (L1 norm by size).
+    """
+    if w.numel() == 0:
+        return torch.ones_like(w, dtype=torch.bool)
+    magnitude = torch.where(w.isnan(), torch.inf, w.abs())
+    if sparsity.kind == "unstructured":
+        return _largest(magnitude.flatten(), sparsity.ratio or 0.0).view(w.shape)
+    along = groups.sparsity_rows()
+    rows = along.to_rows(magnitude)
+    if sparsity.kind == "n:m":
+        keep = _keep_n_of_m(rows, sparsity.n or 1, sparsity.m or 1)
+    else:
+        keep = _keep_tiles(rows, sparsity.block_shape or (1, 1), sparsity.ratio or 0.0)
+    return along.from_rows(keep, w.shape)
+
+
+class _Sparsify(torch.autograd.Function):
+    @staticmethod
+    def forward(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
+        return torch.where(sparsity_mask(w, sparsity, groups), w, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
+def _keep_n_of_m(rows: Tensor, n: int, m: int) -> Tensor:
+    count, length = rows.shape
+    full = length - length % m
+    keep = [_rank(rows[:, :full].reshape(count, full // m, m)).lt(n).view(count, full)]
+    if full < length:
+        keep.append(_rank(rows[:, full:]).lt(n))
+    return keep[0] if len(keep) == 1 else torch.cat(keep, dim=1)
+
+
+def _rank(magnitude: Tensor) -> Tensor:
+    """How many values of the last dimension come before each one, by magnitude and then by index; uint8.
+
+    m - 1 shifted comparisons: a sort of many short runs is several times slower.
+    """
+    rank = torch.zeros_like(magnitude, dtype=torch.uint8)
+    for shift in range(1, magnitude.shape[-1]):
+        later_first = magnitude[..., shift:] > magnitude[..., :-shift]
+        rank[..., :-shift] += later_first
+        rank[..., shift:] += ~later_first
+    return rank
+
+
+def _keep_tiles(rows: Tensor, block_shape: tuple[int, int], ratio: float) -> Tensor:
+    (high, wide), (count, length) = block_shape, rows.shape
+    down, across = -(-count // high), -(-length // wide)
+
+    def tile_sums(values: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(values, (0, across * wide - length, 0, down * high - count))
+        return padded.view(down, high, across, wide).sum(dim=(1, 3))
+
+    values = rows if rows.dtype == torch.float64 else rows.float()
+    score = tile_sums(values) / tile_sums(torch.ones_like(values))
+    keep = _largest(score.flatten(), ratio).view(down, 1, across, 1)
+    tiles = keep.expand(down, high, across, wide)
+    return tiles.reshape(down * high, across * wide)[:count, :length]
+
+
+def _largest(magnitude: Tensor, ratio: float) -> Tensor:
+    """Mask of all but the `round(ratio * n)` smallest values of a vector, at least one kept."""
+    n = magnitude.shape[0]
+    kept = max(1, n - round(ratio * n))
+    threshold = torch.kthvalue(magnitude, n - kept + 1).values
+    above, level = magnitude > threshold, magnitude == threshold
+    return above | (level & (level.cumsum(0) <= kept - above.sum()))
