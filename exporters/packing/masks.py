@@ -1,0 +1,149 @@
+"""Which weights are kept: bit masks, of single weights or of whole tiles, and what puts the kept values back.
+
+Decoding never asks for data-dependent shapes: the running count of the mask's bits (CumSum), zero where a bit is 0, is
+the index of each weight in [0, kept values..]. onnxruntime folds that, as it would not fold Compress.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.exporters.lowering.builder import GraphBuilder
+
+from .dense import pack_plane, unpack_plane
+from .streams import lookup, padded
+
+FREE = 1  # what stands at a kept position whose value is never read: a level of every symmetric alphabet
+BITS_OF_BYTE = unpack_plane(np.arange(256, dtype=np.uint8)[:, None], 1)  # (256, 8), low bit first
+
+
+@dataclass(frozen=True, slots=True)
+class TileMask:
+    """One bit for each tile of `height` rows by `width` columns; 1 x 1 is the bit mask of single weights.
+
+    Parameters
+    ----------
+    height, width : int
+        The tile. Rows and columns are padded to whole tiles.
+    kept : int
+        Number of tiles kept.
+    squeezed : int
+        0, or 1 + the number of mask bytes that are not zero when only those are stored, behind one bit a byte.
+    """
+
+    height: int
+    width: int
+    kept: int
+    squeezed: int = 0
+
+    @property
+    def name(self) -> str:
+        """`mask`, or `mask4x4` for tiles."""
+        return "mask" if self.height == self.width == 1 else f"mask{self.height}x{self.width}"
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of the look-up tables that this mask brings along beyond the small ones everyone shares."""
+        return 0
+
+    @staticmethod
+    def encode(rows: np.ndarray, height: int, width: int) -> tuple[TileMask, np.ndarray, np.ndarray]:
+        """(R, K) levels -> the mask, its bytes, and the kept levels, tile by tile."""
+        whole = padded(padded(rows, height, 0), width, 1)
+        tall, wide = whole.shape[0] // height, whole.shape[1] // width
+        tiles = whole.reshape(tall, height, wide, width).transpose(0, 2, 1, 3).reshape(tall * wide, height * width)
+        bits = (tiles != 0).any(axis=1)
+        kept = tiles[bits].copy()
+        if whole.shape != rows.shape:  # values in the padding are free
+            inside = np.zeros(whole.shape, bool)
+            inside[: rows.shape[0], : rows.shape[1]] = True
+            inside = inside.reshape(tall, height, wide, width).transpose(0, 2, 1, 3).reshape(tiles.shape)
+            kept[~inside[bits]] = FREE
+        data = pack_plane(bits[None].astype(np.uint8), 1)[0]
+        used = data != 0
+        top = pack_plane(used[None].astype(np.uint8), 1)[0]
+        squeezed = 0
+        if top.size + int(used.sum()) < data.size:
+            squeezed = 1 + int(used.sum())
+            data = np.concatenate([top, data[used]])
+        return TileMask(height, width, len(kept), squeezed), data, kept.reshape(-1)
+
+    def count(self, rows: int, columns: int) -> int:
+        """How many kept values there are."""
+        return self.kept * self.height * self.width
+
+    def decode(self, data: np.ndarray, kept: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        """The inverse of `encode`: (rows, columns) levels."""
+        tall, wide = self._tiles(rows, columns)
+        if self.squeezed:
+            top = -(-(-(-tall * wide // 8)) // 8)
+            used = unpack_plane(data[None, :top], 1)[0][: -(-tall * wide // 8)].astype(bool)
+            full = np.zeros(used.size, np.uint8)
+            full[used] = data[top:]
+            data = full
+        bits = unpack_plane(data[None], 1)[0][: tall * wide].astype(bool)
+        tiles = np.zeros((tall * wide, self.height * self.width), kept.dtype)
+        tiles[bits] = kept.reshape(self.kept, self.height * self.width)
+        whole = tiles.reshape(tall, wide, self.height, self.width).transpose(0, 2, 1, 3)
+        return whole.reshape(tall * self.height, wide * self.width)[:rows, :columns]
+
+    def emit(
+        self,
+        b: GraphBuilder,
+        data: ir.Value,
+        kept: ir.Value | None,
+        zero: np.ndarray,
+        shape: tuple[int, int],
+        name: str,
+    ) -> ir.Value:
+        """ONNX: mask bytes (1-D) and kept values (1-D, None when there are none) -> (rows, columns)."""
+        rows, columns = shape
+        tall, wide = self._tiles(rows, columns)
+        if self.squeezed:
+            data = self._unsqueeze(b, data, -(-tall * wide // 8), name)
+        area = self.height * self.width
+        table = b.constant(np.broadcast_to(zero, (1, area) if area > 1 else (1,)), "zero")
+        if kept is not None:
+            values = b.reshape(kept, [self.kept, area], name=name) if area > 1 else kept
+            table = b.op("Concat", [table, values], {"axis": 0}, name=name)
+        tiles = b.op("Gather", [table, running_index(b, data, tall * wide, name)], {"axis": 0}, name=name)
+        if area > 1:
+            tiles = b.reshape(tiles, [tall, wide, self.height, self.width], name=name)
+            tiles = b.op("Transpose", [tiles], {"perm": [0, 2, 1, 3]}, name=name)
+        whole = b.reshape(tiles, [tall * self.height, wide * self.width], name=name)
+        if (tall * self.height, wide * self.width) == shape:
+            return whole
+        return b.slice(whole, [0, 0], [rows, columns], [0, 1], name=name)
+
+    def _tiles(self, rows: int, columns: int) -> tuple[int, int]:
+        return -(-rows // self.height), -(-columns // self.width)
+
+    def _unsqueeze(self, b: GraphBuilder, data: ir.Value, size: int, name: str) -> ir.Value:
+        top, used = -(-size // 8), self.squeezed - 1
+        table = b.constant(np.zeros(1, np.uint8), "zero")
+        if used:
+            table = b.op("Concat", [table, b.slice(data, [top], [top + used], [0], name=name)], {"axis": 0}, name=name)
+        index = running_index(b, b.slice(data, [0], [top], [0], name=name), size, name)
+        return b.op("Gather", [table, index], {"axis": 0}, name=name)
+
+
+def running_index(b: GraphBuilder, data: ir.Value, count: int, name: str) -> ir.Value:
+    """Mask bytes -> int32 (count,): 0 where the bit is 0, else how many bits are set up to and with this one."""
+    bits = b.reshape(lookup(b, BITS_OF_BYTE, data, name), [-1], name=name)
+    if count % 8:
+        bits = b.slice(bits, [0], [count], [0], name=name)
+    return _ranks(b, bits, 0, name)
+
+
+def ranks_in_rows(b: GraphBuilder, bits: ir.Value, name: str) -> ir.Value:
+    """uint8 bits (groups, m) -> int32: 0 where the bit is 0, else its rank in the group, from 1."""
+    return _ranks(b, bits, 1, name)
+
+
+def _ranks(b: GraphBuilder, bits: ir.Value, axis: int, name: str) -> ir.Value:
+    bits = b.cast(bits, ir.DataType.INT32, name=name)
+    count = b.op("CumSum", [bits, b.constant(np.array(axis, np.int32), "axis")], name=name)
+    return b.op("Mul", [count, bits], name=name)

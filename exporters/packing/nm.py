@@ -1,0 +1,214 @@
+"""N:M masks: exactly N of every M weights are kept, and a group stores which of the C(M, N) patterns it has.
+
+The smallest of three codings is taken: k patterns in one byte (2:4: 6^3 <= 256, 8/12 bit a weight), pattern numbers of a
+fixed width in bit planes (1:8: 3 bits, 3/8 bit a weight), or, for more than 256 patterns, the same with a compact table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.exporters.lowering.builder import GraphBuilder
+
+from .dense import Bits, pack_plane
+from .masks import BITS_OF_BYTE, FREE, ranks_in_rows
+from .streams import Target, lookup, padded
+
+MAX_PATTERNS = 1 << 16
+SMALL_TABLE = 4096  # bytes; beyond it a table counts against the format and is stored as bit masks
+UINT8 = Target(np.dtype(np.uint8))
+
+
+@dataclass(frozen=True, slots=True)
+class NMMask:
+    """N of every M columns kept; the last group of a row is padded.
+
+    Parameters
+    ----------
+    n, m : int
+        The pattern.
+    per_byte : int
+        Patterns in one byte, or 0 for numbers of a fixed width.
+    """
+
+    n: int
+    m: int
+    per_byte: int
+
+    @property
+    def name(self) -> str:
+        """`2:4`."""
+        return f"{self.n}:{self.m}"
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of a look-up table too big to be neglected."""
+        size = comb(self.m, self.n) * -(-self.m // 8)
+        return size if self._compact else 0
+
+    @staticmethod
+    def encode(rows: np.ndarray, n: int, m: int) -> tuple[NMMask, np.ndarray, np.ndarray] | None:
+        """(R, K) levels -> the mask, its bytes, the kept levels; None when some group has more than N nonzeros."""
+        patterns = comb(m, n)
+        if not 0 < n < m or patterns > MAX_PATTERNS:
+            return None
+        groups = padded(rows, m, 1).reshape(-1, m)
+        if int((groups != 0).sum(axis=1).max(initial=0)) > n:
+            return None
+        # Nonzeros first, then padding (its value is free), then zeros of the row, which the code must then hold.
+        per_row = -(-rows.shape[1] // m)
+        padding = np.tile((np.arange(per_row * m) >= rows.shape[1]).reshape(per_row, m), (rows.shape[0], 1))
+        cost = np.where(groups != 0, 0, np.where(padding, 1, 2)).astype(np.uint8)
+        places = np.sort(np.argsort(cost, axis=1, kind="stable")[:, :n], axis=1)
+        kept = np.take_along_axis(groups, places, axis=1)
+        kept[np.take_along_axis(padding, places, axis=1)] = FREE
+        numbers = _numbers(places)
+        per_byte = _best_per_byte(len(numbers), patterns)
+        mask = NMMask(n, m, per_byte)
+        return mask, mask._store(numbers), kept.reshape(-1)
+
+    def count(self, rows: int, columns: int) -> int:
+        """How many kept values there are."""
+        return self._groups(rows, columns) * self.n
+
+    def decode(self, data: np.ndarray, kept: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        """The inverse of `encode`: (rows, columns) levels."""
+        groups = self._groups(rows, columns)
+        if self.per_byte:
+            numbers = _digits(data.astype(np.int64), comb(self.m, self.n), self.per_byte).reshape(-1)[:groups]
+        else:
+            numbers = np.zeros(groups, np.int64)
+            start = 0
+            for bits, shift in self._widths:
+                end = start + Bits(bits).size(groups)
+                numbers |= Bits(bits).decode(data[None, start:end], groups)[0].astype(np.int64) << shift
+                start = end
+        out = np.zeros((groups, self.m), kept.dtype)
+        np.put_along_axis(out, _places(self.n, self.m)[numbers], kept.reshape(groups, self.n), axis=1)
+        return out.reshape(rows, -1)[:, :columns]
+
+    def emit(
+        self,
+        b: GraphBuilder,
+        data: ir.Value,
+        kept: ir.Value | None,
+        zero: np.ndarray,
+        shape: tuple[int, int],
+        name: str,
+    ) -> ir.Value:
+        """ONNX: mask bytes (1-D) and kept values (1-D) -> (rows, columns)."""
+        rows, columns = shape
+        groups = self._groups(rows, columns)
+        assert kept is not None
+        values = b.reshape(kept, [groups, self.n], name=name)
+        # Column 0 is the zero, so a rank of 0 reads it: broadcast one zero a group through the padding of Pad.
+        pads = b.ints([0, 1, 0, 0])
+        values = b.op("Pad", [values, pads, b.constant(zero.reshape(()), "zero")], name=name)
+        spread = b.op("GatherElements", [values, self._emit_ranks(b, data, groups, name)], {"axis": 1}, name=name)
+        width = -(-columns // self.m) * self.m
+        whole = b.reshape(spread, [rows, width], name=name)
+        return whole if width == columns else b.slice(whole, [0], [columns], [1], name=name)
+
+    @property
+    def _compact(self) -> bool:
+        return comb(self.m, self.n) * self.m > SMALL_TABLE
+
+    @property
+    def _widths(self) -> list[tuple[int, int]]:
+        """(bits, shift) of the fixed-width number: one stream, or a low byte and the rest."""
+        bits = (comb(self.m, self.n) - 1).bit_length()
+        return [(bits, 0)] if bits <= 8 else [(8, 0), (bits - 8, 8)]
+
+    def _groups(self, rows: int, columns: int) -> int:
+        return rows * -(-columns // self.m)
+
+    def _store(self, numbers: np.ndarray) -> np.ndarray:
+        if self.per_byte:
+            weights = comb(self.m, self.n) ** np.arange(self.per_byte)
+            return (padded(numbers, self.per_byte).reshape(-1, self.per_byte) @ weights).astype(np.uint8)
+        parts = [
+            Bits(bits).encode(((numbers >> shift) & (2**bits - 1))[None])[0] for bits, shift in self._widths
+        ]
+        return np.concatenate(parts)
+
+    def _emit_ranks(self, b: GraphBuilder, data: ir.Value, groups: int, name: str) -> ir.Value:
+        """int32 (groups, m): 0 where pruned, else the rank of the kept value in its group, from 1."""
+        if self.per_byte:
+            patterns = comb(self.m, self.n)
+            digits = _digits(np.arange(patterns**self.per_byte), patterns, self.per_byte)
+            table = _rank_table(self.n, self.m)[digits].reshape(len(digits), self.per_byte * self.m)
+            ranks = b.reshape(lookup(b, table, data, name), [-1, self.m], name=name)
+            if groups % self.per_byte:
+                ranks = b.slice(ranks, [0], [groups], [0], name=name)
+            return b.cast(ranks, ir.DataType.INT32, name=name)
+        number = self._emit_numbers(b, data, groups, name)
+        if not self._compact:
+            return b.cast(self._pick(b, _rank_table(self.n, self.m), number, name), ir.DataType.INT32, name=name)
+        masks = pack_plane((_rank_table(self.n, self.m) > 0).astype(np.uint8), 1)
+        bits = lookup(b, BITS_OF_BYTE, self._pick(b, masks, number, name), name)
+        bits = b.reshape(bits, [groups, masks.shape[1] * 8], name=name)
+        if self.m % 8:
+            bits = b.slice(bits, [0], [self.m], [1], name=name)
+        return ranks_in_rows(b, bits, name)
+
+    def _emit_numbers(self, b: GraphBuilder, data: ir.Value, groups: int, name: str) -> ir.Value:
+        total: ir.Value | None = None
+        start = 0
+        for bits, shift in self._widths:
+            end = start + Bits(bits).size(groups)
+            part = data if len(self._widths) == 1 else b.slice(data, [start], [end], [0], name=name)
+            part = b.reshape(part, [1, end - start], name=name)
+            part = b.cast(Bits(bits).emit(b, part, groups, name, UINT8), ir.DataType.INT32, name=name)
+            if shift:
+                part = b.op("Mul", [part, b.constant(np.array(1 << shift, np.int32), "scale")], name=name)
+            total = part if total is None else b.op("Add", [total, part], name=name)
+            start = end
+        assert total is not None
+        return b.reshape(total, [groups], name=name)
+
+    def _pick(self, b: GraphBuilder, table: np.ndarray, number: ir.Value, name: str) -> ir.Value:
+        return b.op("Gather", [b.constant(table, "lut"), number], {"axis": 0}, name=name)
+
+
+def _best_per_byte(groups: int, patterns: int) -> int:
+    per_byte = 0
+    while patterns ** (per_byte + 1) <= 256 and per_byte < 8:
+        per_byte += 1
+    bits = max(1, (patterns - 1).bit_length())
+    fixed = Bits(bits).size(groups) if bits <= 8 else groups + Bits(bits - 8).size(groups)
+    return per_byte if per_byte and -(-groups // per_byte) <= fixed else 0
+
+
+def _digits(numbers: np.ndarray, base: int, count: int) -> np.ndarray:
+    return numbers[:, None] // base ** np.arange(count) % base
+
+
+def _numbers(places: np.ndarray) -> np.ndarray:
+    """Number of each sorted set of places in colexicographic order: sum of C(place_i, i + 1)."""
+    n = places.shape[1]
+    binomial = np.array([[comb(place, i + 1) for i in range(n)] for place in range(64)], np.int64)
+    total = np.zeros(len(places), np.int64)
+    for i in range(n):
+        total += binomial[places[:, i], i]
+    return total
+
+
+@lru_cache(maxsize=64)
+def _places(n: int, m: int) -> np.ndarray:
+    """(C(m, n), n): the places of each pattern, by number."""
+    every = np.array(list(combinations(range(m), n)), np.int64)
+    return every[np.argsort(_numbers(every))]
+
+
+@lru_cache(maxsize=64)
+def _rank_table(n: int, m: int) -> np.ndarray:
+    """(C(m, n), m) uint8: for each pattern and column, 0 or the rank of the kept value, from 1."""
+    table = np.zeros((comb(m, n), m), np.uint8)
+    np.put_along_axis(table, _places(n, m), np.arange(1, n + 1, dtype=np.uint8)[None], axis=1)
+    return table
