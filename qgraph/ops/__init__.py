@@ -63,6 +63,11 @@ def fake_quantize(
     """
     if x.numel() == 0:
         return x.clone()
+    order = groups.memory_order(x)
+    if order is not None:  # groups do not depend on the order of values: go by memory, without a copy
+        there, back, moved = order
+        aligned = None if dense is None else dense.permute(there)
+        return fake_quantize(x.permute(there), spec, moved, dense=aligned, step=step).permute(back)
     pieces = groups.pieces(x)
     if spec.method == "ddt":
         if dense is None:

@@ -101,6 +101,21 @@ class Groups:
         runs = self._runs(self._rows(shape)[1])
         return list(scales.split([count for count, _ in runs], dim=1)) if len(runs) > 1 else [scales]
 
+    def memory_order(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], Groups] | None:
+        """For a channels-last tensor whose groups are whole rows: a permutation that makes it contiguous.
+
+        Returns the permutation, its inverse and the groups of the permuted tensor, or None where `x` needs none
+        (it is contiguous) or the order of values matters (blocks, tokens).
+        """
+        if self.block is not None or self.kind == "token" or x.dim() not in (4, 5) or x.is_contiguous():
+            return None
+        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        if not x.is_contiguous(memory_format=layout):
+            return None
+        there = (0, *range(2, x.dim()), 1)
+        back = (0, x.dim() - 1, *range(1, x.dim() - 1))
+        return there, back, replace(self, axis=there.index(self.axis % x.dim()))
+
     def sparsity_rows(self) -> Groups:
         """The rows that sparsity patterns lie in: channels, also where the scale is per tensor."""
         return replace(self, kind="token" if self.kind == "token" else "channel", block=None)

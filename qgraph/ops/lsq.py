@@ -48,8 +48,8 @@ class LearnedStep(torch.autograd.Function):
         low, high = ctx.spec.levels
         inside = (f >= low) & (f <= high)
         slope = q.sub_(torch.where(inside, f, 0))
-        factor = (ctx.count * high) ** -0.5
-        step_grad = (grads[0] * slope).sum(dim=-1, keepdim=True) * (factor * torch.where(step < 0, -1.0, 1.0))
+        step_grad = (grads[0] * slope).sum(dim=-1, keepdim=True) * (ctx.count * high) ** -0.5
+        step_grad = torch.where(step < 0, -step_grad, step_grad)
         # where, not a product: a NaN in f is not `inside`, and its gradient must not look like a clean 0.
         clipped = (f < low) | (f > high)
         return torch.where(clipped, 0, grads[0]).to(x.dtype), step_grad.to(step.dtype), None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,6 +82,13 @@ def quantize(
         return Quantized(
             codes, scales, torch.zeros_like(scales) if spec.scheme == "affine" else None, groups, spec, sparse
         )
+    order = groups.memory_order(x)
+    if order is not None:  # sum in the order in which `fake_quantize` sums
+        there, back, moved = order
+        aligned = None if dense is None else dense.permute(there)
+        found = quantize(x.permute(there), spec, moved, dense=aligned, step=step)
+        assert found.codes is not None
+        return replace(found, codes=found.codes.permute(back), groups=groups)
     pieces = groups.pieces(x)
     dense_pieces = [None] * len(pieces) if dense is None else groups.pieces(dense)
     steps = [None] * len(pieces) if step is None else groups.cut_scales(step, x.shape)
