@@ -77,7 +77,7 @@ def emit_float(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
         value = b.op("Sub", [value, laid_out(emit_zero_point(b, p, name))], name=node)
     value = b.op("Mul", [value, laid_out(emit_scale(b, p, name))], name=node)
     if count > 1:
-        value = to_shape(b, p, value, name)
+        value = to_shape(b, p, value, name, flat=not blocks)
     return value
 
 
@@ -111,11 +111,11 @@ def emit_rows(b: GraphBuilder, p: PackedWeight, name: str, target: Target) -> ir
     return p.mask.emit(b, mask, kept, target.scalar(), (rows, columns), node)
 
 
-def to_shape(b: GraphBuilder, p: PackedWeight, value: ir.Value, name: str) -> ir.Value:
-    """From the layout (rows, ..) to the weight's own shape."""
+def to_shape(b: GraphBuilder, p: PackedWeight, value: ir.Value, name: str, flat: bool = True) -> ir.Value:
+    """From the layout (rows, row length), or (rows, ..) if not `flat`, to the weight's own shape."""
     node, rank = f"{name}.unpack", len(p.shape)
     if p.groups.kind == "token" or rank < 2 or p.groups.axis % rank == 0:
-        return value if p.shape == p.rows else b.reshape(value, p.shape, name=node)
+        return value if flat and p.shape == p.rows else b.reshape(value, p.shape, name=node)
     axis = p.groups.axis % rank
     rest = [i for i in range(rank) if i != axis]
     moved = b.reshape(value, [p.shape[axis], *(p.shape[i] for i in rest)], name=node)
