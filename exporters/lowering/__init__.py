@@ -1,1 +1,1 @@
-"""From a frozen site to ONNX nodes."""
+"""From a frozen site to ONNX nodes: `graph.lower` replaces every stand-in node of a traced graph."""

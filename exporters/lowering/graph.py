@@ -1,0 +1,377 @@
+"""Replace the stand-in nodes of a traced graph by packed weights and by activation quantizers.
+
+`USES` is the table of what can be done at each use of a weight: the first form whose `match` returns a plan is emitted; a weight
+that none of them takes is unpacked to float once and feeds its operation as it is (`unpacked`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from qgraph.errors import ExportError
+from qgraph.exporters.lowering.activation import lower_activation
+from qgraph.exporters.lowering.builder import GraphBuilder
+from qgraph.exporters.lowering.linear import (
+    INT8,
+    Kernel,
+    block_sums,
+    choose_kernel,
+    emit_kernel,
+    has_zero_points,
+    kernel_quantizes,
+)
+from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
+from qgraph.modules import ActivationForm, Collected
+from qgraph.ops import Quantized
+
+DOMAIN = "qgraph"
+
+
+@dataclass(slots=True)
+class WeightRecord:
+    """What became of one quantized weight."""
+
+    site: str
+    packed: PackedWeight
+    shared_with: str | None = None  # the site under whose name the codes are stored
+    ops: list[str] = field(default_factory=list)
+    forms: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class ActivationRecord:
+    """What became of one quantized activation: the values before and after it in the file.
+
+    Where `kernel` is set, the quantizer is inside that kernel and there may be no value after it.
+    """
+
+    site: str
+    before: str
+    after: str | None
+    kernel: Kernel | None = None
+
+
+@dataclass(slots=True)
+class Lowered:
+    """The outcome for a whole graph."""
+
+    weights: dict[str, WeightRecord]
+    activations: list[ActivationRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One use of a weight: the node, and through it the operand and the kind of product."""
+
+    weight: ir.Value
+    node: ir.Node
+    index: int
+
+
+def lower(model: ir.Model, collected: Collected, target: str) -> Lowered:
+    """Lower a traced graph in place.
+
+    Parameters
+    ----------
+    model : ir.Model
+        With `qgraph::Weight` and `qgraph::Activation` nodes.
+    collected : Collected
+        What each site deploys.
+    target : {"standard", "ort"}
+
+    Raises
+    ------
+    ExportError
+        When the graph has a site that the eager run did not show.
+    """
+    return _Lowering(model, collected, target).run()
+
+
+class _Lowering:
+    """State of one run: the builder, what is packed, and caches of values that several uses share."""
+
+    def __init__(self, model: ir.Model, collected: Collected, target: str) -> None:
+        self.graph = model.graph
+        self.collected = collected
+        self.target = target
+        self.b = GraphBuilder(self.graph)
+        self.records: dict[str, WeightRecord] = {}
+        self.activations: list[ActivationRecord] = []
+        self.floats: dict[str, ir.Value] = {}
+        self.sums: dict[tuple[int, int | None], ir.Value] = {}
+        self.quantized: dict[tuple[int, str], ir.Value] = {}
+        self.by_content: dict[bytes, str] = {}
+        self.gathered: set[bytes] = set()
+
+    def run(self) -> Lowered:
+        self._find_gathered()
+        for node in list(self.graph):
+            if node.domain == DOMAIN and node.op_type == "Weight":
+                self._weight(node)
+        for node in list(self.graph):
+            if node.domain == DOMAIN and node.op_type == "Activation":
+                self._activation(node)
+        self.graph.sort()
+        remove_unused(self.graph)
+        self.graph.opset_imports.pop(DOMAIN, None)
+        return Lowered(self.records, self.activations)
+
+    # weights
+
+    def _weight(self, node: ir.Node) -> None:
+        record = self._record(_site(node))
+        for use in list(_uses(node.outputs[0])):
+            plan = self._plan(use, record)
+            if plan is None:
+                continue
+            plan()
+        if any(True for _ in _real_uses(node.outputs[0])):
+            self._unpacked(node, record)
+
+    def _find_gathered(self) -> None:
+        """Weights whose rows are looked up: their rows must begin on a byte, also where they are used otherwise."""
+        for node in self.graph:
+            if node.domain == DOMAIN and node.op_type == "Weight" and any(_is_gather(u) for u in _uses(node.outputs[0])):
+                self.gathered.add(_digest(self._quantized(_site(node))))
+
+    def _quantized(self, site: str) -> Quantized:
+        quantized = self.collected.weights.get(site)
+        if quantized is None:
+            raise _unknown(site)
+        return quantized
+
+    def _record(self, site: str) -> WeightRecord:
+        if site in self.records:
+            return self.records[site]
+        quantized = self._quantized(site)
+        digest = _digest(quantized)
+        first = self.by_content.setdefault(digest, site)
+        if first == site:
+            sparsity = self.collected.sparsity.get(site)
+            packed = pack(quantized, sparsity=sparsity, align_rows=digest in self.gathered)
+        else:
+            packed = self.records[first].packed
+        self.records[site] = WeightRecord(site, packed, None if first == site else first)
+        return self.records[site]
+
+    def _plan(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
+        for match in USES.values():
+            plan = match(self, use, record)
+            if plan is not None:
+                return plan
+        return None
+
+    def _unpacked(self, node: ir.Node, record: WeightRecord) -> None:
+        out = node.outputs[0]
+        consumers = sorted({use.node.op_type for use in _real_uses(out)})
+        name = record.shared_with or record.site
+        if name not in self.floats:
+            with self.b.before(node):
+                self.floats[name] = emit_float(self.b, record.packed, name)
+            self.floats[name].shape = out.shape
+        value = self.floats[name]
+        if out.dtype not in (None, ir.DataType.FLOAT):
+            with self.b.before(node):
+                value = self.b.cast(value, out.dtype, name=f"{name}/cast")
+        record.ops += consumers
+        record.forms.append(f"unpacked {record.packed.format}")
+        _replace(self.graph, out, value)
+
+    # activations
+
+    def _activation(self, node: ir.Node) -> None:
+        out = node.outputs[0]
+        site, x = _site(node), node.inputs[0]
+        assert x is not None
+        if not out.uses() and out not in self.graph.outputs:
+            return
+        form = self._form(site)
+        key = (id(x), repr((form.spec, form.groups, None if form.step is None else form.step.tolist())))
+        if key not in self.quantized:
+            with self.b.before(node):
+                self.quantized[key] = lower_activation(self.b, x, form, site)
+        y = self.quantized[key]
+        found = next((r for r in self.activations if r.site == site and r.before == x.name), None)
+        if found is None:
+            self.activations.append(ActivationRecord(site, x.name or "", y.name))
+        else:
+            found.after = y.name
+        _replace(self.graph, out, y)
+
+    def _form(self, site: str) -> ActivationForm:
+        form = self.collected.activations.get(site)
+        if form is None:
+            raise _unknown(site)
+        return form
+
+    # forms of use
+
+    def rows(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
+        """Gather of rows: only the bytes of the rows asked for are read and unpacked."""
+        node = use.node
+        indices = node.inputs[1] if len(node.inputs) > 1 else None
+        packed = record.packed
+        if not _is_gather(use) or indices is None or len(packed.shape) != 2 or packed.rows != packed.shape:
+            return None
+
+        def emit() -> None:
+            name = record.shared_with or record.site
+            with self.b.before(node):
+                y = emit_gather_rows(self.b, packed, name, indices)
+                y = self._as(y, node.outputs[0].dtype, name)
+            self._done(node, y, record, "Gather", f"packed rows, {record.packed.format}")
+
+        return emit
+
+    def kernel(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
+        """MatMulNBits."""
+        product = _product(use, record.packed)
+        if product is None or self.target != "ort":
+            return None
+        node, x, axis, bias = product
+        maker = x.producer()
+        site = _site(maker) if maker is not None and maker.domain == DOMAIN and maker.op_type == "Activation" else None
+        form = self._form(site) if site is not None else None
+        if node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
+            record.notes.append(f"plain {node.op_type}: the model computes in {node.outputs[0].dtype}")
+            return None
+        kernel = choose_kernel(record.packed, axis, form)
+        if isinstance(kernel, str):
+            record.notes.append(f"plain {node.op_type}: {kernel}")
+            return None
+
+        def emit() -> None:
+            name = record.shared_with or record.site
+            source = x
+            with self.b.before(node):
+                sums = self._sums(x, record.packed, record.packed.shape[1 - axis], name)
+                if kernel.accuracy == INT8 and maker is not None and site is not None:
+                    assert maker.inputs[0] is not None
+                    source = maker.inputs[0]
+                    self._inside_kernel(site, source, kernel)
+                y = emit_kernel(self.b, record.packed, axis, kernel, source, sums, name)
+                if bias is not None:
+                    y = self.b.op("Add", [y, bias], name=f"{name}/bias")
+            self._done(node, y, record, node.op_type, str(kernel))
+
+        return emit
+
+    def _inside_kernel(self, site: str, source: ir.Value, kernel: Kernel) -> None:
+        if not any(r.site == site and r.before == source.name for r in self.activations):
+            self.activations.append(ActivationRecord(site, source.name or "", None, kernel))
+
+    def _sums(self, x: ir.Value, packed: PackedWeight, inputs: int, name: str) -> ir.Value | None:
+        if not has_zero_points(packed):
+            return None
+        groups = packed.groups
+        block = None if groups.kind == "tensor" or groups.block is None or groups.block >= inputs else groups.block
+        key = (id(x), block)
+        if key not in self.sums:
+            rank = len(x.shape) if x.shape is not None else 2
+            self.sums[key] = block_sums(self.b, x, groups, inputs, rank, name)
+        return self.sums[key]
+
+    def _as(self, value: ir.Value, dtype: ir.DataType | None, name: str) -> ir.Value:
+        return value if dtype in (None, ir.DataType.FLOAT) else self.b.cast(value, dtype, name=f"{name}/cast")
+
+    def _done(self, node: ir.Node, y: ir.Value, record: WeightRecord, op: str, form: str) -> None:
+        record.ops.append(op)
+        record.forms.append(form)
+        out = node.outputs[0]
+        y.shape, y.type = out.shape, out.type
+        _replace(self.graph, out, y)
+        self.graph.remove(node, safe=True)
+
+
+Match = Callable[[_Lowering, Use, WeightRecord], Callable[[], None] | None]
+USES: Mapping[str, Match] = {"rows": _Lowering.rows, "kernel": _Lowering.kernel}
+
+
+def _product(use: Use, packed: PackedWeight) -> tuple[ir.Node, ir.Value, int, ir.Value | None] | None:
+    """A use as a product of x with the weight matrix: (node, x, axis of the weight's outputs, bias)."""
+    node = use.node
+    if len(packed.shape) != 2 or use.index != 1:
+        return None
+    direct = node.inputs[1] is use.weight
+    x = node.inputs[0]
+    if x is None:
+        return None
+    if node.op_type == "MatMul":
+        return node, x, (1 if direct else 0), None
+    if node.op_type == "Gemm":
+        flags = {key: node.attributes[key].value for key in ("alpha", "beta", "transA", "transB") if key in node.attributes}
+        if flags.get("transA", 0) or flags.get("alpha", 1.0) != 1.0 or flags.get("beta", 1.0) != 1.0:
+            return None
+        transposed = bool(flags.get("transB", 0)) == direct
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        return node, x, (0 if transposed else 1), bias
+    return None
+
+
+def _uses(value: ir.Value) -> Iterator[Use]:
+    """Uses of a weight, looking through a plain transpose."""
+    for node, index in list(value.uses()):
+        if node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]:
+            for inner, at in list(node.outputs[0].uses()):
+                yield Use(value, inner, at)
+        else:
+            yield Use(value, node, index)
+
+
+def _real_uses(value: ir.Value) -> Iterator[Use]:
+    for use in _uses(value):
+        yield use
+    if value.is_graph_output():
+        raise ExportError(
+            f"export: a quantized weight ({value.name}) is itself an output of the model; expected outputs computed from it; return "
+            "something else"
+        )
+
+
+def _is_gather(use: Use) -> bool:
+    axis = use.node.attributes.get("axis")
+    direct = use.index == 0 and use.node.inputs[0] is use.weight
+    return use.node.op_type == "Gather" and direct and (axis is None or axis.as_int() == 0)
+
+
+def _unknown(site: str) -> ExportError:
+    return ExportError(
+        f"export: the traced graph quantizes {site!r}, which the eager run did not; expected the same sites in both; the model "
+        "takes another path under torch.export: make that branch independent of it"
+    )
+
+
+def _site(node: ir.Node) -> str:
+    return node.attributes["site"].as_string()
+
+
+def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Every use of `old` becomes one of `new`, graph outputs included (which keep their name)."""
+    name = old.name
+    was_output = old.is_graph_output()
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    if was_output:
+        old.name = f"{name}/replaced"
+        new.name = name
+
+
+def remove_unused(graph: ir.Graph) -> None:
+    """Dead nodes and initializers out."""
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+
+
+def _digest(q: Quantized) -> bytes:
+    """Equal for weights that deploy the same numbers in the same way."""
+    h = hashlib.sha256(repr((q.groups, q.spec, q.sparse)).encode())
+    for tensor in (q.codes, q.scale, q.zero_point, q.values):
+        if tensor is not None:
+            array = tensor.detach().contiguous().cpu().numpy()
+            h.update(repr(array.shape).encode())
+            h.update(array.tobytes())
+    return h.digest()

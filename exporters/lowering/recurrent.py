@@ -1,0 +1,166 @@
+"""LSTM, GRU and RNN layers as ONNX LSTM, GRU and RNN nodes, for any sequence length.
+
+torch.export unrolls a recurrent layer over the example's length. So while tracing, calls of torch's recurrent functions
+become one operator, `qgraph::recurrent`, which is translated to the ONNX operators here.
+Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from onnxscript import opset18 as op
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# torch's gate blocks in the order in which ONNX wants them: LSTM i f g o -> i o f c, GRU r z n -> z r h
+GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
+_FUNCTIONS = {
+    torch._VF.lstm: "LSTM",
+    torch._VF.gru: "GRU",
+    torch._VF.rnn_tanh: "RNN_TANH",
+    torch._VF.rnn_relu: "RNN_RELU",
+}
+
+
+@torch.library.custom_op("qgraph::recurrent", mutates_args=())
+def recurrent(
+    x: Tensor,
+    states: list[Tensor],
+    weights: list[Tensor],
+    kind: str,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Tensor]:
+    """A whole recurrent layer stack in eval: (output, final states...), as torch._VF computes it."""
+    function = next(f for f, name in _FUNCTIONS.items() if name == kind)
+    state: Any = states if kind == "LSTM" else states[0]
+    return list(function(x, state, weights, has_biases, num_layers, 0.0, False, bidirectional, batch_first))
+
+
+@recurrent.register_fake
+def _recurrent_shapes(
+    x: Tensor,
+    states: list[Tensor],
+    weights: list[Tensor],
+    kind: str,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Tensor]:
+    width = states[0].shape[-1] * (2 if bidirectional else 1)
+    return [x.new_empty((x.shape[0], x.shape[1], width)), *(torch.empty_like(state) for state in states)]
+
+
+class RecurrentAsOperator(TorchFunctionMode):
+    """While active, torch's recurrent functions call `qgraph::recurrent`.
+
+    Packed sequences and projections (`proj_size`) have no ONNX form and are left alone.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = (
+            _FUNCTIONS.get(func)
+            if getattr(func, "__name__", "") in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+            else None
+        )
+        if kind is None or kwargs or len(args) != 9 or not isinstance(args[2], list | tuple):
+            return func(*args, **(kwargs or {}))
+        x, state, weights, has_biases, num_layers, _, _, bidirectional, batch_first = args
+        states = list(state) if kind == "LSTM" else [state]
+        per_cell = 4 if has_biases else 2
+        if not isinstance(weights, list | tuple) or len(weights) != per_cell * num_layers * (
+            1 + bool(bidirectional)
+        ):
+            return func(*args)
+        results = torch.ops.qgraph.recurrent(
+            x, states, list(weights), kind, has_biases, num_layers, bidirectional, batch_first
+        )
+        return tuple(results)
+
+
+def translate(
+    x: Any,
+    states: Sequence[Any],
+    weights: Sequence[Any],
+    kind: str,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Any]:
+    """`qgraph::recurrent` as one ONNX recurrent node per layer."""
+    directions = 2 if bidirectional else 1
+    per_cell = 4 if has_biases else 2
+    hidden = int(states[0].shape[-1])
+    y = op.Transpose(x, perm=[1, 0, 2]) if batch_first else x
+    finals: list[list[Any]] = [[] for _ in states]
+    for layer in range(num_layers):
+        rows = slice(layer * directions, (layer + 1) * directions)
+        cells = [list(weights[i * per_cell : (i + 1) * per_cell]) for i in range(rows.start, rows.stop)]
+        initial = [_rows(state, rows.start, rows.stop) for state in states]
+        y, last = _layer(y, cells, initial, kind, hidden)
+        for collected, value in zip(finals, last, strict=True):
+            collected.append(value)
+    results = [op.Transpose(y, perm=[1, 0, 2]) if batch_first else y]
+    return results + [op.Concat(*values, axis=0) if len(values) > 1 else values[0] for values in finals]
+
+
+def _layer(
+    x: Any, cells: list[list[Any]], initial: list[Any], kind: str, hidden: int
+) -> tuple[Any, list[Any]]:
+    order = GATE_ORDER[kind]
+    w = _stack([_gates(cell[0], order, hidden, 0) for cell in cells])
+    r = _stack([_gates(cell[1], order, hidden, 0) for cell in cells])
+    b = None
+    if len(cells[0]) == 4:
+        biases = [[_gates(bias, order, hidden, 0) for bias in cell[2:]] for cell in cells]
+        b = _stack([op.Concat(*pair, axis=0) for pair in biases])
+    direction = "bidirectional" if len(cells) == 2 else "forward"
+    common: dict[str, Any] = {"direction": direction, "hidden_size": hidden}
+    if kind == "LSTM":
+        y, h, c = op.LSTM(x, w, r, b, None, initial[0], initial[1], **common)
+        last = [h, c]
+    elif kind == "GRU":  # linear_before_reset: torch applies the reset gate after the recurrent product
+        y, h = op.GRU(x, w, r, b, None, initial[0], linear_before_reset=1, **common)
+        last = [h]
+    else:
+        activations = ["Tanh" if kind == "RNN_TANH" else "Relu"] * len(cells)
+        y, h = op.RNN(x, w, r, b, None, initial[0], activations=activations, **common)
+        last = [h]
+    # (length, directions, batch, hidden) -> (length, batch, directions * hidden)
+    y = op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, len(cells) * hidden]))
+    return y, last
+
+
+def _gates(value: Any, order: Sequence[int], hidden: int, axis: int) -> Any:
+    """The gate blocks of a weight or bias, reordered."""
+    if len(order) == 1:
+        return value
+    parts = [_slice(value, gate * hidden, (gate + 1) * hidden, axis) for gate in order]
+    return op.Concat(*parts, axis=axis)
+
+
+def _stack(values: Sequence[Any]) -> Any:
+    lifted = [op.Unsqueeze(value, op.Constant(value_ints=[0])) for value in values]
+    return lifted[0] if len(lifted) == 1 else op.Concat(*lifted, axis=0)
+
+
+def _rows(value: Any, start: int, stop: int) -> Any:
+    return _slice(value, start, stop, 0)
+
+
+def _slice(value: Any, start: int, stop: int, axis: int) -> Any:
+    bounds = ([start], [stop], [axis])
+    return op.Slice(value, *(op.Constant(value_ints=bound) for bound in bounds))
+
+
+def reorder_reference(weight: np.ndarray, kind: str, hidden: int) -> np.ndarray:
+    """What `_gates` computes, in numpy."""
+    return np.concatenate([weight[g * hidden : (g + 1) * hidden] for g in GATE_ORDER[kind]], axis=0)

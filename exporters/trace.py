@@ -1,0 +1,253 @@
+"""From a model in its quantized, exporting form to an ONNX graph whose weights and activations are still our nodes.
+
+The graph holds one `qgraph::Weight` node per quantized weight and one `qgraph::Activation` node per quantized activation, each with
+its site; `exporters.lowering` replaces them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from onnx.defs import OpSchema, SchemaError, get_schema, register_schema
+from onnxscript.values import Opset
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from qgraph.errors import ExportError
+from qgraph.exporters.lowering import recurrent
+from qgraph.exporters.shapes import ShapePlan
+from qgraph.exporters.signature import FlatModel
+from qgraph.modules import exporting
+
+DOMAIN = "qgraph"
+MINIMUM_OPSET = 18  # the lowest that torch's exporter writes; LayerNormalization is there from 17 on
+DEFAULT_OPSET = 20
+
+
+def trace(
+    flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, notes: list[str]
+) -> ir.Model:
+    """Export to an ONNX graph in memory.
+
+    Parameters
+    ----------
+    flat : FlatModel
+        The model in eval mode.
+    tensors : sequence of Tensor
+        Example inputs; no dynamic size is 0 or 1.
+    plan : ShapePlan
+        The dynamic dimensions.
+    opset : int
+    notes : list of str
+        What was changed to make the export work is added here.
+
+    Raises
+    ------
+    DataDependent, ExportError, Exception
+        The exporter's own error where it is none of ours: the caller decides whether to try fewer dynamic sizes.
+    """
+    try:
+        return _trace(flat, tensors, plan, opset, decompose_attention=False)
+    except Exception as error:
+        if not _attention_trouble(error):
+            raise
+        notes.append(
+            "scaled_dot_product_attention was written out as matmul and softmax: the exporter cannot take it whole"
+        )
+        return _trace(flat, tensors, plan, opset, decompose_attention=True)
+
+
+def _trace(
+    flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, decompose_attention: bool
+) -> ir.Model:
+    _register_schemas()
+    named = plan.torch_dims()
+    shapes = {
+        name: {dim: named[label] for dim, label in dims.items()} or None
+        for name, dims in zip(flat.inputs.names, plan.dims, strict=True)
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        with exporting(), recurrent.RecurrentAsOperator(), WrittenOut(decompose_attention):
+            program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
+        onnx_program = torch.onnx.export(
+            program,
+            dynamic_shapes=shapes,
+            input_names=list(flat.inputs.names),
+            output_names=list(flat.output_names),
+            opset_version=opset,
+            custom_translation_table=_translations(),
+            dynamo=True,
+            verbose=False,
+        )
+    assert onnx_program is not None
+    return onnx_program.model
+
+
+def explain(error: BaseException, model_name: str) -> ExportError:
+    """An `ExportError` for a failure of the tracer, naming the user's line where there is one."""
+    text = str(_innermost(error, "GuardOnDataDependentSymNode") or error)
+    where = user_line(error)
+    at = f" at {where}" if where else ""
+    if any("DataDependent" in type(e).__name__ or "data-dependent" in str(e) for e in _chain(error)):
+        return ExportError(
+            f"export of {model_name}{at}: the model branches or takes a size from the values of a tensor, found "
+            f"{_first_line(text)!r}; a file holds one fixed graph, so expected only decisions on shapes; write the branch with torch.where or "
+            "torch.cond, keep a static form (masks instead of selected rows), or leave that part out of what is exported"
+        )
+    return ExportError(
+        f"export of {model_name}{at}: torch.export or torch.onnx failed with {type(error).__name__}: {_first_line(text)}; expected a model "
+        "that torch.onnx.export(dynamo=True) takes; see the chained error, and try dynamic_shapes={} for a static file"
+    )
+
+
+def user_line(error: BaseException) -> str | None:
+    """``file:line (function)`` of the innermost frame that is neither torch's nor ours."""
+    for exception in reversed(list(_chain(error))):
+        recorded = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', str(exception))
+        frames = [(f.filename, f.lineno, f.name) for f in traceback.extract_tb(exception.__traceback__)]
+        for filename, line, function in [*reversed(recorded), *reversed(frames)]:
+            if _is_user_file(filename):
+                return f"{filename}:{line} (in {function})"
+    return None
+
+
+class WrittenOut(TorchFunctionMode):
+    """While active and `attention` is set, scaled_dot_product_attention is matmul, softmax, matmul."""
+
+    def __init__(self, attention: bool) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.attention and func is F.scaled_dot_product_attention:
+            return plain_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """scaled_dot_product_attention, written out.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+    """
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query * factor) @ key.transpose(-2, -1)
+    if (
+        not isinstance(is_causal, bool) or is_causal
+    ):  # a symbolic bool: one query token attends to all keys either way
+        length, total = query.shape[-2], key.shape[-2]
+        causal = torch.ones(length, total, dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~causal, float("-inf"))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        else:
+            scores = scores + attn_mask
+    return torch.softmax(scores, -1) @ value
+
+
+def _translations() -> dict[Any, Any]:
+    nodes = Opset(DOMAIN, 1)
+    return {
+        torch.ops.qgraph.weight.default: lambda weight, site: nodes.Weight(weight, site=site),
+        torch.ops.qgraph.activation.default: lambda x, site: nodes.Activation(x, site=site),
+        torch.ops.qgraph.recurrent.default: recurrent.translate,
+    }
+
+
+def _register_schemas() -> None:
+    for name in ("Weight", "Activation"):
+        try:
+            get_schema(name, 1, DOMAIN)
+        except SchemaError:
+            register_schema(
+                OpSchema(
+                    name,
+                    DOMAIN,
+                    1,
+                    inputs=[OpSchema.FormalParameter("x", "T")],
+                    outputs=[OpSchema.FormalParameter("y", "T")],
+                    type_constraints=[
+                        ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")
+                    ],
+                    attributes=[
+                        OpSchema.Attribute("site", OpSchema.AttrType.STRING, "module path and operand")
+                    ],
+                )
+            )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's own chatter (missing torchvision, deprecations) off the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _attention_trouble(error: BaseException) -> bool:
+    text = " ".join(str(e) for e in _chain(error))
+    return "Cannot view a tensor" in text or ("is_causal" in text and "SymBool" in text)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _innermost(error: BaseException, name: str) -> BaseException | None:
+    return next((e for e in _chain(error) if name in type(e).__name__), None)
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no message")[:300]
+
+
+def _is_user_file(filename: str) -> bool:
+    path = filename.replace("\\", "/")
+    if path.startswith("<") or "/site-packages/" in path or "/lib/python" in path:
+        return False
+    return path not in _own_files()
+
+
+def _own_files() -> frozenset[str]:
+    import qgraph
+    from pathlib import Path
+
+    roots = {Path(__file__).resolve().parent, Path(qgraph.__file__).resolve().parent}
+    return frozenset(str(file) for root in roots for file in root.rglob("*.py"))
