@@ -47,12 +47,13 @@ def affine_scale(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
 def linear_scale(x: Tensor, spec: QuantSpec, sparse: bool) -> Tensor:
     """Step of each group for levels symmetric about 0, shape (rows, groups, 1): `scale_is_mean` says which.
 
-    With `sparse` the mean is that of the kept (nonzero) values. A group of zeros gets the step 1.
+    With `sparse` the mean is that of the kept (nonzero) values. A group of zeros has the step 0; `nonzero_scale`
+    gives what to divide by.
     """
     if scale_is_mean(spec):
-        return nonzero_scale(mean_magnitude(x, sparse))
+        return mean_magnitude(x, sparse)
     largest = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True))
-    return nonzero_scale(largest.div_(spec.levels[1]))
+    return largest.div_(spec.levels[1])
 
 
 def mean_magnitude(x: Tensor, sparse: bool) -> Tensor:
@@ -68,8 +69,8 @@ def kept_count(x: Tensor, sparse: bool) -> Tensor | int:
 
 
 def nonzero_scale(scale: Tensor) -> Tensor:
-    """Replace, in place, a zero or subnormal scale by 1 (codes are then 0); NaN and Inf stay."""
-    return scale.masked_fill_(scale < torch.finfo(scale.dtype).tiny, 1.0)
+    """`scale` with 1 in the place of a zero or subnormal one (codes are then 0); NaN and Inf stay."""
+    return scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1.0)
 
 
 def round_affine(f: Tensor) -> Tensor:

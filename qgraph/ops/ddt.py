@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec
-from qgraph.ops.codes import affine_scale, linear_scale, round_affine, round_linear, work_dtype
+from qgraph.ops.codes import affine_scale, linear_scale, nonzero_scale, round_affine, round_linear, work_dtype
 
 
 class DDT(torch.autograd.Function):
@@ -139,7 +139,7 @@ def differentiable_gradient(h: Tensor, dense: Tensor, sparse: Tensor | None, spe
 def _step_and_offset(x: Tensor, spec: QuantSpec, sparse: bool) -> tuple[Tensor, Tensor | None]:
     if spec.scheme == "affine":
         return affine_scale(x, spec.levels[1])
-    return linear_scale(x, spec, sparse), None
+    return nonzero_scale(linear_scale(x, spec, sparse)), None
 
 
 def _codes_and_noise(

@@ -112,6 +112,7 @@ def _codes_of_piece(
         constant = mean_x - scale * mean_q
     elif spec.method == "lsq":
         q, _, scale, low = lsq_codes(x, required_step(step), spec, dense is not None)
+        scale = scale + (q - q).sum(dim=-1, keepdim=True)  # a NaN among the codes has to show in the scale
         constant = torch.zeros_like(scale) if low is None else low
     else:
         q, scale, low = ste_codes(x, spec, dense is not None)

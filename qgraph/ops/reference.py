@@ -73,8 +73,7 @@ def ste(x: Tensor, spec: QuantSpec, sparse: bool = False) -> Tensor:
         b, s = x.min().detach(), ((x.max() - x.min()) / spec.levels[1]).detach()
     else:
         b, s = torch.zeros_like(x[0]), linear_step(x, spec, sparse).detach()
-    s = s if s > 0 else torch.ones_like(s)
-    y = s * round_to_levels((x - b) / s, spec, sparse) + b
+    y = s * round_to_levels((x - b) / (s if s > 0 else 1), spec, sparse) + b
     return x + (y - x).detach()
 
 

@@ -66,7 +66,7 @@ class AbsMean(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         x = x.detach()  # scale and noise are piecewise linear in x: no second derivative but through h
         q, step, _ = ste_codes(x, ctx.spec, ctx.sparse)
-        noise = q.sub_(x / step)
+        noise = q.sub_(x / nonzero_scale(step))
         push = (grads[0] * noise).sum(dim=-1, keepdim=True) * absmean_factor(ctx.spec)
         grad = grads[0] + x.sign() * (push / kept_count(x, ctx.sparse))
         return grad.to(x.dtype), None, None
@@ -78,13 +78,13 @@ def absmean_factor(spec: QuantSpec) -> float:
 
 
 def ste_codes(x: Tensor, spec: QuantSpec, sparse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (a fresh float tensor), step and offset (affine only) of each group."""
+    """Codes (a fresh float tensor), step and offset (affine only) of each group; zeros have the linear step 0."""
     wide = x.to(work_dtype(x.dtype))
     if spec.scheme == "affine":
         step, low = affine_scale(wide, spec.levels[1])
         return round_affine((wide - low).div_(step)), step, low
     if spec.scale == "absmean":
-        step = nonzero_scale(mean_magnitude(wide, sparse).mul_(absmean_factor(spec)))
+        step = mean_magnitude(wide, sparse).mul_(absmean_factor(spec))
     else:
         step = linear_scale(wide, spec, sparse)
-    return round_linear(wide / step, spec, sparse), step, None
+    return round_linear(wide / nonzero_scale(step), spec, sparse), step, None
