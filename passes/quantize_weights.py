@@ -1,0 +1,65 @@
+"""Insert a weight quantizer before every site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from qgraph.modules import Sparsifier
+from qgraph.passes.weights import entries, insert_module, note, value_of, weight_meta
+from qgraph.pipeline import Note, Pass, PassContext, PassResult
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Quantize the weight operand of each site as the module's config says.
+
+    Before::
+
+        weight = self.weight;  linear = F.linear(x, weight, bias)
+
+    After::
+
+        weight_q = self.qgraph.weight(weight);  linear = F.linear(x, weight_q, bias)
+
+    1. The operand derives from parameters alone; its groups follow the site table's channel axis.
+    2. After a sparsifier the quantizer also takes the dense weight: ``self.qgraph.weight(sparse, weight)``.
+    3. A parameter used transposed is quantized before the transpose; tied weights share one quantizer.
+    4. An operand that already is quantized is left as it is.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+
+    def run(self, graph: fx.Graph, context: PassContext) -> PassResult:
+        notes: list[Note] = []
+        modified = False
+        for entry in entries(graph, context):
+            dense = entry.dense
+            _, quantizer = context.owner.weight(entry.placed, value_of(dense, context.module))
+            if quantizer is None:
+                notes.append(note(self.name, entry, "left float"))
+                continue
+            sparse = entry.weight is not dense
+            if sparse and not _is_sparsifier(entry.weight, context):
+                continue
+            args = (entry.weight, dense) if sparse else (entry.weight,)
+            new = insert_module(
+                graph, entry.weight, entry.placed.key, args, weight_meta(entry, quantizer.spec)
+            )
+            entry.reroute(new)
+            modified = True
+            notes.append(note(self.name, entry, f"{quantizer.spec}"))
+        return PassResult(modified, tuple(notes))
+
+    def ensures(self, graph: fx.Graph, context: PassContext) -> str | None:
+        config = context.owner.config
+        if config is None or config.weight is None:
+            return None
+        open_sites = [e.placed.site for e in entries(graph, context) if e.weight is e.dense]
+        return f"not quantized: {', '.join(open_sites)}" if open_sites else None
+
+
+def _is_sparsifier(node: fx.Node, context: PassContext) -> bool:
+    return isinstance(context.module.get_submodule(str(node.target)), Sparsifier)

@@ -1,0 +1,103 @@
+"""What the weight passes share: where a weight operand enters its site, and the value it has."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qgraph.graph import GraphSite, find_sites, is_quantizer, unquantized
+from qgraph.pipeline import Note, PassContext
+from qgraph.placement import Placed
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The edge on which a weight's quantizer belongs: from `weight` (as yet rewritten) into `user`.
+
+    For a parameter used transposed that edge lies before the transpose, so that tied weights share their groups.
+    """
+
+    site: GraphSite
+    placed: Placed
+    user: fx.Node
+    weight: fx.Node
+
+    @property
+    def dense(self) -> fx.Node:
+        """The weight before any quantizer or sparsifier."""
+        return unquantized(self.weight)
+
+    def reroute(self, new: fx.Node) -> None:
+        """Let the site take `new` for its weight."""
+        if self.user is self.site.node:
+            node = self.user
+            node.args, node.kwargs = self.placed.operand.put(node.args, dict(node.kwargs), new)
+        else:
+            self.user.replace_input_with(self.weight, new)
+
+
+def entries(graph: fx.Graph, context: PassContext) -> list[Entry]:
+    """Every weight operand of every site of a graph."""
+    return [_entry(site, placed) for site in find_sites(graph, context.owner) for placed in site.site.weights]
+
+
+def _entry(site: GraphSite, placed: Placed) -> Entry:
+    user, node = site.node, site.operand_node(placed)
+    while placed.source.exact and node.op != "get_attr" and not is_quantizer(node, None):  # type: ignore[arg-type]
+        user, node = node, node.args[0]
+    return Entry(site, placed, user, node)
+
+
+def insert_module(
+    graph: fx.Graph, after: fx.Node, key: str, args: tuple[Any, ...], meta: dict[str, Any]
+) -> fx.Node:
+    """Call the module `qgraph.<key>` after a node; the call that is already there is used again."""
+    target = f"qgraph.{key.replace('.', '__')}"
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target == target and node.args == args:
+            return node
+    with graph.inserting_after(after):
+        node = graph.create_node("call_module", target, args, name=f"{key.replace('.', '_')}_q")
+    node.meta.update(meta)
+    return node
+
+
+def weight_meta(entry: Entry, spec: Any) -> dict[str, Any]:
+    kept = {key: entry.dense.meta[key] for key in ("shape", "dtype") if key in entry.dense.meta}
+    return {
+        **kept,
+        "where": entry.site.node.meta.get("where", ""),
+        "qgraph": {"site": entry.placed.site, "spec": str(spec)},
+    }
+
+
+def value_of(node: fx.Node, module: nn.Module) -> Callable[[], Tensor]:
+    """Computes the present value of a node that depends on parameters alone."""
+
+    def compute(value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        if value.op == "get_attr":
+            return operator.attrgetter(str(value.target))(module)
+        args = fx.node.map_arg(value.args, compute)
+        kwargs = fx.node.map_arg(value.kwargs, compute)
+        if value.op == "call_module":
+            return module.get_submodule(str(value.target))(*args, **kwargs)
+        if value.op == "call_method":
+            return getattr(args[0], str(value.target))(*args[1:], **kwargs)
+        return value.target(*args, **kwargs)  # type: ignore[operator]
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return compute(node)
+
+    return run
+
+
+def note(name: str, entry: Entry, text: str) -> Note:
+    return Note(name, entry.placed.site, text)

@@ -1,0 +1,254 @@
+"""Which graph node stands for which Python object while a forward is recorded, and how a call's arguments are written.
+
+Tensors and containers are known by identity. A part of a known value gets its node (``getitem``, ``getattr``) when
+it is first used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qgraph.capture.source import locate
+from qgraph.capture.state import find_attribute
+from qgraph.capture.structure import Step, Unsupported, is_namedtuple, parts, rebuild, walk
+from qgraph.capture.values import Leaf, emit, is_traced, traced
+
+if TYPE_CHECKING:
+    from qgraph.capture.recorder import Recorder
+
+_CONSTANTS = (
+    bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.layout,
+    torch.memory_format,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(slots=True)
+class _Known:
+    """An object (held, so that its identity stays its own) and its node, or the way to it from another's node."""
+
+    value: Any
+    node: fx.Node
+    path: tuple[Step, ...] = ()
+
+
+class Values:
+    """The objects a forward has met and their nodes."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._graph = recorder.graph
+        self._known: dict[int, _Known] = {}
+        self._state_nodes: dict[str, fx.Node] = {}
+        self.data_dependent: set[fx.Node] = set()
+
+    # -- meeting values ----------------------------------------------------------------------------------------------
+
+    def input(self, node: fx.Node, value: Any) -> Any:
+        """Make an argument of the forward known; returns it with its ints traced."""
+        self._learn(node, value)
+        _describe(node, value)
+        return self._trace_ints(node, value)
+
+    def result(
+        self,
+        node: fx.Node,
+        result: Any,
+        args: Any,
+        kwargs: Any,
+        versions: dict[int, int],
+        data_dependent: bool,
+    ) -> Any:
+        """Make the result of a call known; returns what the forward's code shall see of it."""
+        if isinstance(result, Tensor):
+            result = self._unalias(result, versions)
+        _describe(node, result)
+        self._learn(node, result)
+        tainted = data_dependent or any(n in self.data_dependent for n in node.all_input_nodes)
+        if tainted:
+            self.data_dependent.add(node)
+        return self._trace_ints(node, result)
+
+    def versions(self, args: Any, kwargs: Any) -> dict[int, int]:
+        """The version counter of every tensor argument: tells an in-place call from one that returns its input."""
+        found: dict[int, int] = {}
+        for value in (*args, *kwargs.values()):
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(item, Tensor):
+                    found[id(item)] = -1 if item.is_inference() else item._version
+        return found
+
+    def _unalias(self, result: Tensor, versions: dict[int, int]) -> Tensor:
+        """A function that returned its own input unchanged: a view, so that input and result have different nodes."""
+        before = versions.get(id(result))
+        if before is None or result.is_inference() or before != result._version:
+            return result
+        return result.view_as(result)
+
+    def _learn(self, node: fx.Node, value: Any) -> None:
+        for path, item in walk(value):
+            inner = parts(item)
+            if isinstance(item, Tensor) or (inner is not None and (not isinstance(item, tuple) or not path)):
+                self._known[id(item)] = _Known(item, node, path)
+
+    def _trace_ints(self, node: fx.Node, value: Any, path: tuple[Step, ...] = ()) -> Any:
+        """Ints that stand alone or in tuples come back traced; anything mutable is left as it is."""
+        if type(value) is int:
+            return traced(value, _Part(node, path, self), self._recorder)
+        if type(value) is tuple or type(value) is torch.Size:
+            items = [self._trace_ints(node, item, (*path, Step(False, i))) for i, item in enumerate(value)]
+            if any(is_traced(item) for item in items):
+                return type(value)(items)
+        return value
+
+    # -- writing arguments -------------------------------------------------------------------------------------------
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """The node of a tensor; raises Unsupported for one that no recorded operation made."""
+        known = self._known.get(id(tensor))
+        if known is not None and known.value is tensor:
+            return self.reach(known)
+        return self._from_module(tensor)
+
+    def forbid_data_dependent(self, tensor: Tensor) -> None:
+        if self.node(tensor) in self.data_dependent:
+            raise Unsupported("uses a size that depends on tensor data")
+
+    def reach(self, known: _Known) -> fx.Node:
+        node = self.step_into(known.node, known.path)
+        known.node, known.path = node, ()
+        _describe(node, known.value)
+        return node
+
+    def step_into(self, node: fx.Node, path: tuple[Step, ...]) -> fx.Node:
+        for step in path:
+            source = node.meta.get("source")
+            function: Callable[..., Any] = getattr if step.attribute else operator.getitem
+            tainted = node in self.data_dependent
+            node = self._graph.call_function(function, (node, step.key))
+            node.meta["where"] = locate()[0]
+            if source is not None:
+                node.meta["source"] = f"{source}{step}"
+            if tainted:
+                self.data_dependent.add(node)
+        return node
+
+    def argument(self, value: Any) -> Any:
+        """The value as an argument of a node: tensors and sizes as nodes, containers rebuilt, constants as they are."""
+        if is_traced(value):
+            if value.recorder is not self._recorder:
+                return value.value
+            if any(leaf in self.data_dependent for leaf in _leaf_nodes(value.expression)):
+                raise Unsupported("uses a size that depends on tensor data")
+            return emit(value.expression, self._graph)
+        if isinstance(value, Tensor):
+            return self.node(value)
+        if isinstance(value, _CONSTANTS):
+            return value
+        if type(value) is slice:
+            return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
+        if type(value) in (tuple, torch.Size):
+            return tuple(self.argument(item) for item in value)
+        known = self._known.get(id(value))
+        if known is not None and known.value is value:
+            return self.reach(known)
+        return self._container(value)
+
+    def _container(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is list:
+            return [self.argument(item) for item in value]
+        if kind is dict:
+            if not all(isinstance(key, str) for key in value):
+                raise Unsupported("a dict whose keys are not strings")
+            return {key: self.argument(item) for key, item in value.items()}
+        if is_namedtuple(value):
+            fields = {name: self.argument(getattr(value, name)) for name in kind._fields}
+            return self._graph.call_function(rebuild, (kind, fields))
+        if kind is OrderedDict:
+            pairs = [(key, self.argument(item)) for key, item in value.items()]
+            return self._graph.call_function(rebuild, (kind, pairs))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return self._dataclass(value)
+        if isinstance(value, type) or _importable(value):
+            return value
+        raise Unsupported(f"a {kind.__name__} made inside the forward")
+
+    def _dataclass(self, value: Any) -> fx.Node:
+        if any(not f.init for f in dataclasses.fields(value)):
+            raise Unsupported(f"a {type(value).__name__} with fields that its constructor does not take")
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        if isinstance(value, dict):  # a transformers ModelOutput: None means "not there"
+            fields = {name: item for name, item in fields.items() if item is not None}
+        arguments = {name: self.argument(item) for name, item in fields.items()}
+        return self._graph.call_function(rebuild, (type(value), arguments))
+
+    # -- tensors that belong to modules ------------------------------------------------------------------------------
+
+    def _from_module(self, tensor: Tensor) -> fx.Node:
+        module = self._recorder.module
+        path = find_attribute(module, tensor)
+        if path is None:
+            raise Unsupported("uses a tensor that neither this forward nor this module made")
+        if path not in self._state_nodes:
+            self._state_nodes[path] = self._get_attr(path, tensor)
+        return self._state_nodes[path]
+
+    def _get_attr(self, path: str, tensor: Tensor) -> fx.Node:
+        # Read at the top of the graph, after the arguments: a parameter does not change inside a forward.
+        first = next((n for n in self._graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+        with self._graph.inserting_before(first) if first is not None else self._graph.inserting_after():
+            name = path.replace(".", "_")
+            if "[" in path:
+                holder, index = path[:-1].split("[")
+                node = self._graph.get_attr(holder)
+                node = self._graph.call_function(operator.getitem, (node, int(index)))
+            else:
+                node = self._graph.create_node("get_attr", path, name=name)
+        node.meta["where"] = locate()[0]
+        node.meta["source"] = f"self.{path}"
+        node.meta["parameter"] = isinstance(tensor, nn.Parameter) or tensor.requires_grad
+        _describe(node, tensor)
+        return node
+
+
+class _Part(Leaf):
+    """An int found inside a value of the graph."""
+
+    __slots__ = ("path", "values")
+
+    def __init__(self, node: fx.Node, path: tuple[Step, ...], values: Values) -> None:
+        Leaf.__init__(self, node, "")
+        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "values", values)
+
+    def emit(self, graph: fx.Graph) -> fx.Node:
+        return self.values.step_into(self.node, self.path)
+
+    def source(self) -> str | None:
+        root = self.node.meta.get("source")
+        return None if root is None else root + "".join(map(str, self.path))
+
+
+def _describe(node: fx.Node, value: Any) -> None:
+    """Keep the example's size and dtype with a tensor's node."""
+    if isinstance(value, Tensor):
+        node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
+
+
+def _leaf_nodes(expression: Any) -> list[fx.Node]:
+    if isinstance(expression, Leaf):
+        return [expression.node]
+    return [node for operand in getattr(expression, "operands", ()) for node in _leaf_nodes(operand)]
+
+
+def _importable(value: Any) -> bool:
+    """A plain function or class that a pickled graph finds again by its name."""
+    name, home = getattr(value, "__qualname__", "<"), getattr(value, "__module__", None)
+    return callable(value) and home is not None and "<" not in name and not hasattr(value, "__self__")

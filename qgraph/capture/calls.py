@@ -1,0 +1,106 @@
+"""What the recorder must know of torch's functions: which read sizes, which read data, which hide others."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIZE_READS = frozenset({"size", "__len__", "numel", "nelement"})
+PROPERTY_READS = frozenset({
+    "dim", "is_floating_point", "is_complex", "is_contiguous", "stride", "is_signed", "element_size", "ndimension",
+})  # fmt: skip
+DATA_READS = frozenset({
+    "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "__complex__",
+    "__contains__", "is_nonzero", "equal", "allclose", "data_ptr", "untyped_storage", "storage", "__reduce_ex__",
+    "__deepcopy__", "backward", "register_hook", "__dlpack__", "tobytes", "isin_scalar",
+})  # fmt: skip
+HARMLESS = frozenset({"__repr__", "__format__", "__str__", "__hash__", "_is_view", "__dir__"})
+# The size of what these return depends on the values of their input.
+DATA_SHAPES = frozenset({
+    "nonzero", "unique", "unique_consecutive", "masked_select", "repeat_interleave", "argwhere", "bincount",
+    "_unique2", "nonzero_static", "where_indices", "combinations", "histogram",
+})  # fmt: skip
+SIZED_LISTS = frozenset(
+    {"unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "split_with_sizes"}
+)
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "true_divide": operator.truediv,
+    "div": operator.truediv, "__getitem__": operator.getitem, "__setitem__": operator.setitem,
+    "floor_divide": operator.floordiv, "matmul": operator.matmul, "neg": operator.neg, "eq": operator.eq,
+    "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+}  # fmt: skip
+
+TRANSPARENT = frozenset({torch.nn.functional.multi_head_attention_forward})
+
+
+@functools.cache
+def see_through(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same Python function, without its own hand-over to the mode: the calls inside it are seen one by one."""
+    visible = {**function.__globals__, "has_torch_function": _never}
+    copy = types.FunctionType(function.__code__, visible, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def is_getter(function: Callable[..., Any]) -> bool:
+    return getattr(function, "__name__", "") == "__get__"
+
+
+def name_of(function: Any) -> str:
+    """The bare name of a torch function, method or property."""
+    if isinstance(function, str):
+        return function
+    if getattr(function, "__name__", "") in ("__get__", "__set__"):
+        return getattr(function.__self__, "__name__", "attribute")
+    name = getattr(function, "__name__", None) or type(function).__name__
+    return name.split(".")[0] if isinstance(function, torch._ops.OpOverload) else name
+
+
+def node_target(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, Any]:
+    """How a graph calls it: methods by name, infix operators as such, everything else as a function."""
+    name = name_of(function)
+    if getattr(function, "__name__", "") == "__set__":
+        return "call_function", _Setter(name)
+    is_method = (
+        getattr(Tensor, name, None) is function or getattr(torch._C.TensorBase, name, None) is function
+    )
+    if not is_method:
+        return "call_function", function
+    if name in _OPERATORS and len(args) == (3 if name == "__setitem__" else 1 if name == "neg" else 2):
+        return "call_function", _OPERATORS[name]
+    return "call_method", name
+
+
+class _Setter:
+    """``tensor.name = value`` as a function of a graph."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.__name__ = f"set_{name}"
+        self.__module__ = __name__
+        self.__qualname__ = self.__name__
+
+    def __call__(self, tensor: Tensor, value: Any) -> None:
+        setattr(tensor, self.name, value)
+
+
+def boolean_index(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether this call selects by a mask, or lists positions, so that its result's size depends on data."""
+    name = name_of(function)
+    if name == "where":
+        return len(args) == 1
+    if name != "__getitem__":
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)

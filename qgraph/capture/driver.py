@@ -1,0 +1,79 @@
+"""Capture a model: install the captured classes, run the examples, hand every new graph to the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qgraph.capture.install import install
+from qgraph.capture.session import capturing
+from qgraph.capture.state import ModuleState, Snapshot
+from qgraph.graph import Shared
+
+# Modules of torch whose forward multiplies by no weight: nothing to rewrite, so they stay as they are.
+_NO_SITES = (
+    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.LocalResponseNorm,
+    nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
+)  # fmt: skip
+
+
+def install_all(model: nn.Module, shared: Shared) -> None:
+    """Give every module that has a forward of its own its captured class."""
+    shared.canonical.update(_tied_names(model))
+    for path, module in model.named_modules():
+        if _worth_capturing(module):
+            install(module, ModuleState(shared, path, type(module).forward))
+
+
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], progress: Callable[[str], None]
+) -> None:
+    """Run the model once in eval and once in train mode, float, and keep the graphs; leave no trace of the runs."""
+    modes = [(module, module.training) for module in model.modules()]
+    before = Snapshot(model)
+    try:
+        for training in (False, True):
+            progress("train" if training else "eval")
+            _set_mode(model, modes, training)
+            with torch.enable_grad(), capturing(quantize=False) as session:
+                model(*args, **kwargs)
+            session.rewrite()
+            before.restore()
+    finally:
+        for module, training in modes:
+            module.training = training
+        before.restore()
+
+
+def _set_mode(model: nn.Module, modes: list[tuple[nn.Module, bool]], training: bool) -> None:
+    # A module that the user keeps in eval inside a model in train mode (frozen batch norm) stays so.
+    root_training = model.training if modes[0][0] is not model else modes[0][1]
+    for module, own in modes:
+        module.training = training and (own or not root_training)
+
+
+def _worth_capturing(module: nn.Module) -> bool:
+    if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction, *_NO_SITES)):
+        return False
+    kind = type(module)
+    if kind.forward is nn.Module.forward or "forward" in module.__dict__:
+        return False
+    if kind.__module__.startswith("torch.nn.modules"):
+        return next(module.parameters(), None) is not None or isinstance(
+            module, nn.modules.lazy.LazyModuleMixin
+        )
+    return True
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """For each further name of a parameter its first."""
+    first: dict[int, str] = {}
+    again: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        kept = first.setdefault(id(parameter), name)
+        if kept != name:
+            again[name] = kept
+    return again

@@ -1,0 +1,29 @@
+"""Guards: what a captured graph took for granted when it was recorded.
+
+An early guard is a condition on the forward's arguments, checked before anything runs. A late one is about a value
+made inside the forward; it stands in the graph as a `check` node and raises `GuardMiss` at run time.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+
+class GuardMiss(Exception):
+    """A late guard does not hold; the caller runs the module's own Python instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """``source`` is Python text over the forward's arguments and `self`; `where` is the user's file and line."""
+
+    source: str
+    where: str
+
+
+def check(value: Any, expected: Any, where: str) -> None:
+    """Raise `GuardMiss` unless `value` is what it was when the graph was recorded."""
+    if not operator.eq(value, expected):
+        raise GuardMiss(f"{where}: expected {expected!r}, found {value!r}")

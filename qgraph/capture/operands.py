@@ -1,0 +1,129 @@
+"""Follow what tensors derive from while a forward runs in Python, and quantize the operands of its sites.
+
+The same rules (`qgraph.sites`, `qgraph.placement`) decide here and in the passes that rewrite graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from qgraph.capture.source import locate
+from qgraph.capture.state import ModuleState, find_attribute
+from qgraph.capture.structure import walk
+from qgraph.placement import Site, place
+from qgraph.sites import CONSTANT, DATA, Source, combine, site_call, swaps_last_two
+
+
+class OperandTracker:
+    """Knows the source of every tensor that one running forward has met."""
+
+    def __init__(self, module: nn.Module, state: ModuleState) -> None:
+        self.module = module
+        self.owner = state.owner(module)
+        self.sites: list[tuple[Site, str, tuple[int, ...]]] = []
+        self._sources: dict[int, tuple[Tensor, Source]] = {}
+        self._ordinals: dict[str, list[Tensor]] = {}
+
+    def enter(self, name: str, value: Any) -> None:
+        """Note an argument of the forward: data, or a parameter that the caller hands down."""
+        source = Source("parameter", (f"{self.owner.path}.{name}".lstrip("."),))
+        for _, item in walk(value):
+            if isinstance(item, Tensor):
+                self._sources[id(item)] = (
+                    item,
+                    source if item is value and isinstance(value, nn.Parameter) else DATA,
+                )
+
+    def source(self, value: Any) -> Source:
+        if not isinstance(value, Tensor):
+            return CONSTANT
+        known = self._sources.get(id(value))
+        if known is not None and known[0] is value:
+            return known[1]
+        path = find_attribute(self.module, value)
+        if path is None:
+            source = DATA
+        elif isinstance(value, nn.Parameter) or value.requires_grad:
+            source = Source(
+                "parameter", (self.owner.shared.canonical_name(self.owner.path, path),), exact=True
+            )
+        else:
+            source = CONSTANT
+        self._sources[id(value)] = (value, source)
+        return source
+
+    def follow(self, args: Any, kwargs: Any, result: Any, name: str) -> None:
+        """Note the source of what a function returned."""
+        tensors = _tensors((*args, *kwargs.values()))
+        swapped = bool(tensors) and isinstance(args[0], Tensor) and swaps_last_two(name, args, args[0].dim())
+        self._note(result, combine(name, [self.source(t) for t in tensors], swapped))
+
+    def follow_child(self, module: nn.Module, path: str | None, args: Any, kwargs: Any, result: Any) -> None:
+        """Note the source of what a child module returned: a parametrization makes a weight out of its own."""
+        if _tensors((*args, *kwargs.values())):
+            self._note(result, DATA)
+        elif path is not None and next(module.parameters(), None) is not None:
+            self._note(result, Source("parameter", (f"{self.owner.path}.{path}".lstrip("."),)))
+
+    def _note(self, result: Any, source: Source) -> None:
+        for tensor in _tensors((result,)):
+            known = self._sources.get(id(tensor))
+            if known is None or known[0] is not tensor:
+                self._sources[id(tensor)] = (tensor, source)
+
+    def at(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], quantize: bool) -> tuple[Any, Any]:
+        """The arguments to run a call with: at a site, its operands quantized (when `quantize`)."""
+        call = site_call(name, args, kwargs, lambda t: t.dim() if isinstance(t, Tensor) else 0)
+        if call is None:
+            return args, kwargs
+        values = [operand.get(args, kwargs) for operand in call.operands]
+        sources = [self.source(value) for value in values]
+        site = place(call, sources, self.owner, lambda key, i: self._ordinal(key, values[i]))
+        if site is None:
+            return args, kwargs
+        shape = tuple(site.weights[0].operand.get(args, kwargs).shape)
+        self.sites.append((site, locate()[0], shape))
+        if not quantize:
+            return args, kwargs
+        for placed in site.weights:
+            weight = placed.operand.get(args, kwargs)
+            args, kwargs = placed.operand.put(args, kwargs, self._quantized_weight(placed, weight))
+        for placed in site.inputs:
+            quantizer = self.owner.activation(placed, call)
+            if quantizer is not None and (x := placed.operand.get(args, kwargs)) is not None:
+                args, kwargs = placed.operand.put(args, kwargs, quantizer(x))
+        return args, kwargs
+
+    def _quantized_weight(self, placed: Any, weight: Tensor) -> Tensor:
+        # The groups are those of the parameter, so a weight used transposed is turned back for its quantizer.
+        turned = placed.source.transposed
+        dense = weight.transpose(-1, -2) if turned else weight
+        sparsifier, quantizer = self.owner.weight(placed, lambda: dense)
+        result = dense
+        if sparsifier is not None:
+            result = sparsifier(result)
+        if quantizer is not None:
+            result = quantizer(result, dense) if sparsifier is not None else quantizer(result)
+        return result.transpose(-1, -2) if turned else result
+
+    def _ordinal(self, key: str, tensor: Tensor) -> int:
+        met = self._ordinals.setdefault(key, [])
+        for i, other in enumerate(met):
+            if other is tensor:
+                return i
+        met.append(tensor)
+        return len(met) - 1
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found.extend(_tensors(value))
+        elif isinstance(value, dict):
+            found.extend(_tensors(value.values()))
+    return found

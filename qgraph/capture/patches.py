@@ -1,0 +1,88 @@
+"""Everything that capture patches while it runs, in one place, undone in `finally`.
+
+The patched functions ask for the capture of the calling thread, so other threads go on undisturbed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_lock = threading.Lock()
+_users = 0
+_originals: dict[tuple[type, str], Any] = {}
+
+
+@contextlib.contextmanager
+def patched(current: Callable[[], Any]) -> Iterator[None]:
+    """While a capture runs: module calls, autograd functions and autocast report to the session of their thread.
+
+    Parameters
+    ----------
+    current : callable
+        Gives the calling thread's capture session, or None.
+    """
+    global _users
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _install(current)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _restore()
+
+
+def _install(current: Callable[[], Any]) -> None:
+    module_call = nn.Module.__call__
+    apply = torch.autograd.Function.__dict__["apply"]
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def call_module(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        session = current()
+        if session is None:
+            return module_call(module, *args, **kwargs)
+        return session.call_module(module_call, module, args, kwargs)
+
+    def apply_function(function: type, *args: Any, **kwargs: Any) -> Any:
+        session = current()
+        original = apply.__get__(None, function)
+        if session is None:
+            return original(*args, **kwargs)
+        return session.call_leaf(function.apply, original, args, kwargs)
+
+    def enter_autocast(context: torch.autocast) -> Any:
+        session = current()
+        if session is not None:
+            session.enter_autocast(context)
+        return enter(context)
+
+    def leave_autocast(context: torch.autocast, *error: Any) -> Any:
+        session = current()
+        if session is not None:
+            session.leave_autocast(context)
+        return leave(context, *error)
+
+    _replace(nn.Module, "__call__", call_module)
+    _replace(torch.autograd.Function, "apply", classmethod(apply_function))
+    _replace(torch.autocast, "__enter__", enter_autocast)
+    _replace(torch.autocast, "__exit__", leave_autocast)
+
+
+def _replace(owner: type, name: str, value: Any) -> None:
+    _originals[owner, name] = owner.__dict__[name]
+    setattr(owner, name, value)
+
+
+def _restore() -> None:
+    for (owner, name), value in _originals.items():
+        setattr(owner, name, value)
+    _originals.clear()

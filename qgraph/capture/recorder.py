@@ -1,0 +1,418 @@
+"""Record one forward as a torch.fx graph while it runs in eager mode.
+
+The recorder is a TorchFunctionMode: real tensors flow, every torch function that the forward calls is written down as
+a node, and tensors are known by identity. So a forward is never led astray by tracing, and where it does something
+that a graph cannot hold, recording stops with a reason while the run itself goes on. The same mode applies the
+quantizers at each site, recording or not; that is how a forward that stays Python is quantized (`quantize=True`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
+
+from qgraph.capture import calls
+from qgraph.capture.arguments import Values
+from qgraph.capture.guards import Guard, check
+from qgraph.capture.operands import OperandTracker
+from qgraph.capture.source import locate
+from qgraph.capture.structure import Unsupported, changed, identities, signature
+from qgraph.capture.values import Expression, Leaf, is_traced, plain, traced
+
+if TYPE_CHECKING:
+    from qgraph.capture.state import ModuleState
+
+
+class Recorder(TorchFunctionMode):
+    """Records the forward of one module, and quantizes it when asked to.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Whose forward runs.
+    state : ModuleState
+        Where the module's quantizers and captured graphs are kept.
+    quantize : bool
+        Apply the quantizers at the sites met on the way.
+    reason : str, optional
+        Why no graph shall be recorded; the recorder then only quantizes.
+    """
+
+    def __init__(
+        self, module: nn.Module, state: ModuleState, quantize: bool, reason: str | None = None
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.state = state
+        self.quantize = quantize
+        self.reason = reason
+        self.reason_where = "<unknown>:0"
+        self.graph = fx.Graph()
+        self.graph._graph_namespace.create_name("self", None)  # generated code calls the module so
+        self.values = Values(self)
+        self.guards: dict[str, Guard] = {}
+        self.late_guards = 0
+        self.inside = 0  # > 0 while the mode is on and the forward's own code runs
+        self._watched: list[tuple[str, Any, list[Any]]] = []
+        self._grad_modes: list[fx.Node] = []
+        self._autocasts: dict[int, fx.Node] = {}
+        self._rng: Any = None
+        self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self.operands = OperandTracker(module, state)
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    @property
+    def recording(self) -> bool:
+        return self.reason is None
+
+    def fail(self, reason: str) -> None:
+        """Give the graph up, for the first reason met; the run goes on."""
+        if self.recording:
+            self.reason, self.reason_where = reason, locate()[0]
+
+    def run(
+        self, forward: Callable[..., Any], names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run `forward` on the module's bound arguments and record it; returns its own plain result."""
+        with torch._C.DisableTorchFunction():
+            bound = self._placeholders(names, args, kwargs)
+        self._watch_module()
+        self._rng = _random_states()
+        with self._active(), self:
+            result = forward(self.module, *bound[0], **bound[1])
+        self._finish(result)
+        return plain(result)
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Step aside while a child module or an opaque function runs."""
+        self._check_random()
+        inside, self.inside = self.inside, 0
+        try:
+            with _pop_mode_temporarily():
+                yield
+        finally:
+            self.inside = inside
+            self._rng = _random_states()
+
+    def _placeholders(
+        self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A node for every argument (by name, in order); ints become traced ints."""
+        given: dict[str, Any] = {}
+        for name, value in zip(names, (*args, *kwargs.values()), strict=True):
+            node = self.graph.placeholder(name)
+            node.meta["source"] = node.name
+            if isinstance(value, nn.Parameter):
+                node.meta["parameter"] = True
+            self.operands.enter(name, value)
+            given[name] = self.values.input(node, value)
+            if not isinstance(value, Tensor):
+                self._watched.append((name, value, identities(value)))
+        values = list(given.values())
+        return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+    def _finish(self, result: Any) -> None:
+        self._check_random()
+        self._check_changes()
+        if not self.recording:
+            return
+        try:
+            self.graph.output(self.values.argument(result))
+            self.graph.lint()
+        except Unsupported as error:
+            self.fail(f"returns {error}")
+
+    # -- every torch function ----------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in calls.TRANSPARENT:
+            with self:
+                return calls.see_through(func)(*args, **kwargs)
+        inside, self.inside = self.inside, 0
+        try:
+            return self._call(func, args, kwargs)
+        finally:
+            self.inside = inside
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plain_args, plain_kwargs = plain(args), plain(kwargs)
+        if func is torch._C._set_grad_enabled:
+            self._set_grad_enabled(bool(plain_args[0]))
+            return func(*plain_args)
+        run_args, run_kwargs = self.operands.at(calls.name_of(func), plain_args, plain_kwargs, self.quantize)
+        versions = self.values.versions(plain_args, plain_kwargs)
+        result = func(*run_args, **run_kwargs)
+        self.operands.follow(plain_args, plain_kwargs, result, calls.name_of(func))
+        if not self.recording:
+            return result
+        try:
+            return self._record(func, args, kwargs, result, versions)
+        except Unsupported as error:
+            self.fail(str(error))
+            return result
+
+    def _record(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        versions: Any,
+    ) -> Any:
+        if torch.is_inference_mode_enabled() and not self.state.inference:
+            raise Unsupported("enters inference mode")
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not self._hooks:
+            raise Unsupported("runs under saved-tensor hooks (activation checkpointing)")
+        name = calls.name_of(func)
+        if name in calls.HARMLESS:
+            return result
+        if name in calls.DATA_READS:
+            raise Unsupported(f"reads tensor data in Python: {name}")
+        if calls.is_getter(func):
+            return self._attribute(args[0], name, result)
+        if name in calls.SIZE_READS:
+            return self._size(name, args, kwargs, result)
+        if name in calls.PROPERTY_READS:
+            extra = args[1] if len(args) > 1 else None
+            self.read(args[0], name, extra, result)
+            return result
+        if not _holds_tensor(result) and result is not None:
+            raise Unsupported(f"turns tensors into a Python value: {name} gives {type(result).__name__}")
+        return self.add(func, args, kwargs, result, versions)
+
+    def add(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        versions: Any,
+    ) -> Any:
+        """Write down one call and make its result known."""
+        node_args, node_kwargs = self.values.argument(args), self.values.argument(kwargs)
+        where, variable = locate()
+        op, target = calls.node_target(func, args)
+        node = self.graph.create_node(
+            op, target, tuple(node_args), node_kwargs, name=variable or calls.name_of(func)
+        )
+        node.meta["where"] = where
+        self._guard_length(node, calls.name_of(func), result)
+        data_dependent = calls.name_of(func) in calls.DATA_SHAPES or calls.boolean_index(func, args)
+        return self.values.result(node, result, args, kwargs, versions, data_dependent)
+
+    # -- what Python reads off a tensor ------------------------------------------------------------------------------
+
+    def _attribute(self, tensor: Tensor, name: str, result: Any) -> Any:
+        if name == "shape":
+            return torch.Size([self._traced_size(tensor, i, v) for i, v in enumerate(result)])
+        if name == "grad_fn":
+            return result
+        if isinstance(result, Tensor):
+            where, variable = locate()
+            node = self.graph.call_function(getattr, (self.values.node(tensor), name))
+            node.meta["where"] = where
+            return self.values.result(node, result, (tensor,), {}, {}, False)
+        self.read(tensor, name, None, result)
+        return result
+
+    def _size(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        tensor = args[0]
+        if name == "size" and isinstance(result, tuple):
+            return torch.Size([self._traced_size(tensor, i, v) for i, v in enumerate(result)])
+        if name == "size":
+            dim = plain(args[1] if len(args) > 1 else kwargs["dim"])
+            return self._traced_size(tensor, dim % tensor.dim(), result)
+        if name == "__len__":
+            self.read(tensor, "size", 0, result)
+            return result
+        self.values.forbid_data_dependent(tensor)
+        return traced(result, Leaf(self.values.node(tensor), "numel"), self)
+
+    def _traced_size(self, tensor: Tensor, dim: int, value: int) -> Any:
+        return traced(value, Leaf(self.values.node(tensor), "size", dim), self) if self.recording else value
+
+    def read(self, tensor: Tensor, name: str, argument: Any, value: Any) -> None:
+        """Python was told a property of a tensor: a guard."""
+        if argument is not None and not isinstance(argument, int):
+            raise Unsupported(f"reads {name} with {argument!r}")
+        self.guard(Leaf(self.values.node(tensor), name, argument), value)
+
+    def guard(self, expression: Expression, value: Any) -> None:
+        """Note that Python relied on `expression` being `value`."""
+        if not self.recording:
+            return
+        for leaf in _leaves(expression):
+            if leaf.node in self.values.data_dependent:
+                self.fail("branches on a size that depends on tensor data")
+                return
+        where = locate()[0]
+        text = expression.source()
+        if text is not None and _printable(value):
+            source = f"{text} == {value!r}" if not isinstance(value, bool) else f"{text} is {value}"
+            self.guards.setdefault(source, Guard(source, where))
+            return
+        node = self.graph.call_function(check, (expression.emit(self.graph), value, where))
+        node.meta["where"] = where
+        self.late_guards += 1
+
+    def _guard_length(self, node: fx.Node, name: str, result: Any) -> None:
+        """Python unpacks a list of tensors, so its length is taken for granted."""
+        if name in calls.SIZED_LISTS:
+            length = self.graph.call_function(len, (node,))
+            self.graph.call_function(check, (length, len(result), node.meta["where"]))
+            self.late_guards += 1
+
+    # -- modes, module state, children -------------------------------------------------------------------------------
+
+    def _set_grad_enabled(self, value: bool) -> None:
+        if not self.recording or value == torch.is_grad_enabled():
+            if self.recording and not value:
+                self._grad_modes.append(self.graph.call_function(torch.is_grad_enabled))
+                self.graph.call_function(torch._C._set_grad_enabled, (False,))
+            return
+        if value and self._grad_modes:
+            self.graph.call_function(torch._C._set_grad_enabled, (self._grad_modes.pop(),))
+            return
+        self._grad_modes.append(self.graph.call_function(torch.is_grad_enabled))
+        self.graph.call_function(torch._C._set_grad_enabled, (value,))
+
+    def enter_autocast(self, context: torch.autocast) -> None:
+        if self.recording:
+            settings = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
+            self._autocasts[id(context)] = self.graph.call_function(
+                torch.amp.autocast_mode._enter_autocast, settings
+            )
+
+    def leave_autocast(self, context: torch.autocast) -> None:
+        entered = self._autocasts.pop(id(context), None)
+        if self.recording and entered is not None:
+            self.graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+
+    def child_called(
+        self,
+        path: str | None,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        versions: Any,
+    ) -> Any:
+        """Write down a call of a child module; returns the result with its ints traced."""
+        self.operands.follow_child(module, path, args, kwargs, result)
+        if not self.recording:
+            return result
+        try:
+            if path is None:
+                raise Unsupported(f"calls a {type(module).__name__} that is not its child")
+            node_args, node_kwargs = self.values.argument(args), self.values.argument(kwargs)
+            where, variable = locate()
+            node = self.graph.create_node("call_module", path, tuple(node_args), node_kwargs, name=variable)
+            node.meta["where"] = where
+            node.meta["holds_parameters"] = next(module.parameters(), None) is not None
+            if not isinstance(result, Tensor):
+                self.graph.call_function(check_structure, (node, signature(result), where))
+            return self.values.result(node, result, args, kwargs, versions, False)
+        except Unsupported as error:
+            self.fail(str(error))
+            return result
+
+    def _watch_module(self) -> None:
+        attributes = self.module.__dict__
+        for name, value in attributes.items():
+            if name not in ("_qgraph", "training") and not isinstance(value, Tensor):
+                mapping = name in ("_parameters", "_buffers", "_modules")
+                if mapping or value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):
+                    self._watched.append((f"self.{name}", value, list(_shallow(value))))
+        self._attributes = dict(attributes)
+
+    def _check_changes(self) -> None:
+        for name, value in self.module.__dict__.items():
+            if is_traced(value):
+                self.module.__dict__[name] = plain(value)
+            if name != "_qgraph" and value is not self._attributes.get(name, _MISSING):
+                before = self._attributes.get(name, _MISSING)
+                if not (
+                    isinstance(value, (int, float, str, bool))
+                    and type(before) is type(value)
+                    and before == value
+                ):
+                    self.fail(f"assigns self.{name} in forward")
+        for name, value, before in self._watched:
+            if name.startswith("self."):
+                now = list(_shallow(value))
+                if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+                    self.fail(f"changes {name} in forward")
+            elif (path := changed(before, value)) is not None:
+                self.fail(f"changes its argument {name}{path}")
+
+    def _check_random(self) -> None:
+        if self.recording and self._rng is not None and not _same_random(self._rng, _random_states()):
+            self.fail("draws from Python's or numpy's random numbers")
+
+
+def check_structure(value: Any, expected: Any, where: str) -> None:
+    """Raise `GuardMiss` unless a child returned the structure (types, None-ness, constants) that it did before."""
+    check(signature(value), expected, where)
+
+
+def _leaves(expression: Any) -> Iterator[Leaf]:
+    if isinstance(expression, Leaf):
+        yield expression
+    else:
+        for operand in getattr(expression, "operands", ()):
+            yield from _leaves(operand)
+
+
+_MISSING = object()
+
+
+def _shallow(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield item
+    elif isinstance(value, (list, tuple)):
+        yield from value
+
+
+def _printable(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout, type(None)))
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    return isinstance(value, (tuple, list)) and any(_holds_tensor(v) for v in value)
+
+
+def _random_states() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state(legacy=False)
+
+
+def _same_random(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:
+    a, b = before[1]["state"], after[1]["state"]
+    return before[0] == after[0] and a["pos"] == b["pos"] and bool((a["key"] == b["key"]).all())

@@ -1,0 +1,214 @@
+"""One capture: the recorders of nested forwards on one thread, and the order in which they work."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from qgraph.capture.patches import patched
+from qgraph.capture.recorder import Recorder
+from qgraph.capture.state import MAX_VARIANTS, ModuleState, Opaque, Variant, plain_attributes
+from qgraph.capture.structure import Unsupported, signature
+from qgraph.capture.values import plain
+from qgraph.graph import STATE
+
+_local = threading.local()
+_install_lock = threading.RLock()
+
+
+def current() -> Session | None:
+    """The capture of this thread, or None."""
+    return getattr(_local, "session", None)
+
+
+@contextlib.contextmanager
+def capturing(quantize: bool) -> Iterator[Session]:
+    """Run code with every module forward recorded; see `Session`."""
+    session = Session(quantize)
+    _local.session = session
+    active.count += 1
+    try:
+        with patched(current), torch.compiler.set_stance("force_eager"):
+            yield session
+    finally:
+        active.count -= 1
+        _local.session = None
+
+
+class _Active:
+    """How many captures run, over all threads: lets the installed forward skip the thread-local look-up."""
+
+    count = 0
+
+
+active = _Active()
+
+
+class Session:
+    """The recorders of one captured run, innermost last.
+
+    Parameters
+    ----------
+    quantize : bool
+        Whether the run itself is quantized: True for a call of the user's, False for the example run of `prepare`.
+    """
+
+    def __init__(self, quantize: bool) -> None:
+        self.quantize = quantize
+        self.stack: list[Recorder] = []
+        self._announced: nn.Module | None = None
+        self.new: list[tuple[nn.Module, Variant]] = []
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """The recorder whose forward's own code is running."""
+        top = self.stack[-1] if self.stack else None
+        return top if top is not None and top.inside else None
+
+    def rewrite(self) -> None:
+        """Run the model's pipeline on the graphs captured since the last time."""
+        new, self.new = self.new, []
+        for module, variant in new:
+            state: ModuleState = module.__dict__[STATE]
+            state.shared.pipeline.rewrite(state.owner(module), variant)
+
+    # -- what the patches report -------------------------------------------------------------------------------------
+
+    def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        parent = self.recorder
+        if parent is None:
+            self._announced = module
+            return original(module, *args, **kwargs)
+        plain_args, plain_kwargs = plain(args), plain(kwargs)
+        with parent.suspended():
+            versions = parent.values.versions(plain_args, plain_kwargs)
+            self._announced = module
+            result = original(module, *plain_args, **plain_kwargs)
+        path = _relative_path(parent.module, module)
+        with torch._C.DisableTorchFunction():
+            return parent.child_called(path, module, args, kwargs, result, versions)
+
+    def call_leaf(self, target: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A torch.autograd.Function: one call of the graph, never looked into."""
+        parent = self.recorder
+        if parent is None:
+            return original(*args, **kwargs)
+        plain_args, plain_kwargs = plain(args), plain(kwargs)
+        with parent.suspended():
+            versions = parent.values.versions(plain_args, plain_kwargs)
+            result = original(*plain_args, **plain_kwargs)
+        with torch._C.DisableTorchFunction():
+            return self._leaf_called(parent, target, args, kwargs, result, versions)
+
+    def _leaf_called(
+        self, parent: Recorder, target: Any, args: Any, kwargs: Any, result: Any, versions: dict[int, int]
+    ) -> Any:
+        plain_args, plain_kwargs = plain(args), plain(kwargs)
+        parent.operands.follow(plain_args, plain_kwargs, result, "apply")
+        if not parent.recording:
+            return result
+        try:
+            return parent.add(target, args, kwargs, result, versions)
+        except Unsupported as error:
+            parent.fail(str(error))
+            return result
+
+    def enter_autocast(self, context: torch.autocast) -> None:
+        if self.recorder is not None:
+            self.recorder.enter_autocast(context)
+
+    def leave_autocast(self, context: torch.autocast) -> None:
+        if self.recorder is not None:
+            self.recorder.leave_autocast(context)
+
+    # -- forwards ----------------------------------------------------------------------------------------------------
+
+    def enter(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run one installed forward: by its graph if one holds for the call, else recorded."""
+        announced, self._announced = self._announced is module, None
+        if self.recorder is not None and not announced:
+            return forward(
+                module, *args, **kwargs
+            )  # called as a plain method: part of the caller's own forward
+        state: ModuleState = module.__dict__[STATE]
+        variant, _ = state.select(module, args, kwargs)
+        if variant is not None and not variant.late_guards:
+            values = (*args, *(kwargs[name] for name in sorted(kwargs)))
+            return variant.function()(module, *values)
+        return self.record_forward(module, state, forward, args, kwargs, known=variant is not None)
+
+    def record_forward(
+        self,
+        module: nn.Module,
+        state: ModuleState,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        known: bool,
+    ) -> Any:
+        """Run a forward under a recorder; keep the graph, or the reason why there is none."""
+        kwargs = {name: kwargs[name] for name in sorted(kwargs)}
+        names = state.names(args, kwargs)
+        given, reason = _call_signature((*args, *kwargs.values()))
+        if known:
+            reason = "already captured"
+        elif len(state.variants) >= MAX_VARIANTS:
+            reason = f"more than {MAX_VARIANTS} variants"
+        elif reason is None and (entry := state.known_opaque(names, given, module.training)) is not None:
+            reason = entry.reason
+        attributes = plain_attributes(module)
+        recorder = Recorder(module, state, self.quantize, reason)
+        self.stack.append(recorder)
+        try:
+            result = recorder.run(forward, list(names), args, kwargs)
+        finally:
+            self.stack.pop()
+        if not known:
+            self._keep(recorder, names, given, attributes)
+        return result
+
+    def _keep(
+        self, recorder: Recorder, names: tuple[str, ...], given: Any, attributes: dict[str, Any]
+    ) -> None:
+        state = recorder.state
+        with _install_lock:
+            if recorder.recording:
+                variant = Variant(
+                    names,
+                    given,
+                    attributes,
+                    tuple(recorder.guards.values()),
+                    recorder.graph,
+                    recorder.late_guards,
+                )
+                state.variants.append(variant)
+                self.new.append((recorder.module, variant))
+                return
+            for site, where, shape in recorder.operands.sites:
+                state.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, shape))
+            training = bool(attributes["training"])
+            if given is not None and state.known_opaque(names, given, training) is None:
+                reason = recorder.reason or ""
+                state.opaque.append(Opaque(names, given, training, reason, recorder.reason_where))
+
+
+def _call_signature(values: tuple[Any, ...]) -> tuple[Any, str | None]:
+    try:
+        return tuple([signature(value) for value in values]), None
+    except Unsupported as error:
+        return None, f"takes {error}"
+
+
+def _relative_path(parent: nn.Module, child: nn.Module) -> str | None:
+    for name, module in parent._modules.items():
+        if module is child:
+            return name
+    for name, module in parent.named_modules():
+        if module is child and name:
+            return name
+    return None

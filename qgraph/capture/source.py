@@ -1,0 +1,56 @@
+"""Where in the user's code an operation stands: file and line, and the variable that receives its result."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import os
+import sys
+from types import CodeType, FrameType
+
+import torch
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_TORCH_LAYERS = os.path.join(_TORCH, "nn", "modules") + os.sep
+
+
+def locate() -> tuple[str, str | None]:
+    """``file:line`` of the innermost user frame, and the name that the running statement assigns, if it has one."""
+    frame: FrameType | None = sys._getframe(1)
+    named: FrameType | None = None
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(_HERE) and frame.f_code.co_name == "record_forward":
+            # The caller's frames belong to the parent: they tell the line, not the variable.
+            if named is None:
+                named = frame
+        elif not path.startswith((_HERE, _TORCH, "<")):
+            return f"{path}:{frame.f_lineno}", _assigned(named or frame)
+        elif named is None and path.startswith(_TORCH_LAYERS) and frame.f_code.co_name != "_call_impl":
+            named = frame
+        frame = frame.f_back
+    return "<unknown>:0", None
+
+
+def definition(function: object) -> str:
+    """``file:line`` where a function is written."""
+    code = getattr(function, "__code__", None) or getattr(
+        getattr(function, "__wrapped__", None), "__code__", None
+    )
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else "<unknown>:0"
+
+
+def _assigned(frame: FrameType) -> str | None:
+    return _stores(frame.f_code).get(frame.f_lasti)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stores(code: CodeType) -> dict[int, str]:
+    """For each instruction whose result is stored at once in a local variable: that variable's name."""
+    instructions = list(dis.get_instructions(code))
+    return {
+        before.offset: after.argval
+        for before, after in zip(instructions, instructions[1:], strict=False)
+        if after.opname in ("STORE_FAST", "STORE_NAME", "STORE_DEREF")
+    }

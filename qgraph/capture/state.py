@@ -1,0 +1,230 @@
+"""What a prepared module keeps: its captured graphs (one variant a call signature) and why others are missing."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from qgraph.capture.guards import Guard
+from qgraph.capture.structure import Unsupported, signature, walk
+from qgraph.graph import Shared
+from qgraph.placement import Owner
+
+MAX_VARIANTS = 8
+_SCALARS = (bool, int, float, str, type(None))
+
+
+@dataclass(slots=True)
+class Variant:
+    """One captured graph of a module and the calls that it holds for.
+
+    ``names``: the arguments as the call gave them; ``signature``: their structure; ``attributes``: the module's own
+    plain attributes, ``training`` among them; ``guards``: conditions on sizes and dtypes.
+    """
+
+    names: tuple[str, ...]
+    signature: Any
+    attributes: dict[str, Any]
+    guards: tuple[Guard, ...]
+    graph: fx.Graph
+    late_guards: int
+    validated: set[Any] = field(default_factory=set)
+    _function: Callable[..., Any] | None = None
+    _condition: Callable[..., bool] | None = None
+
+    def accepts(self, module: nn.Module, names: tuple[str, ...], given: Any, values: tuple[Any, ...]) -> bool:
+        if names != self.names or given != self.signature:
+            return False
+        attributes = module.__dict__
+        for name, value in self.attributes.items():
+            if attributes.get(name) != value:
+                return False
+        if not self.guards:
+            return True
+        if self._condition is None:
+            self._condition = self._compile_condition()
+        return self._condition(module, *values)
+
+    @property
+    def training(self) -> bool:
+        return bool(self.attributes["training"])
+
+    def function(self) -> Callable[..., Any]:
+        """The graph as a Python function of (module, *arguments)."""
+        if self._function is None:
+            self._function = compile_graph(self.graph)
+        return self._function
+
+    def rewritten(self) -> None:
+        """Forget the compiled function: a pass changed the graph."""
+        self._function = None
+
+    def _compile_condition(self) -> Callable[..., bool]:
+        arguments = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        source = f"lambda {', '.join(['self', *arguments])}: " + " and ".join(
+            f"({g.source})" for g in self.guards
+        )
+        names = {"torch": torch, "device": torch.device}
+        return eval(source, names)  # the text is our own, made of the forward's argument names
+
+    def __getstate__(self) -> dict[str, Any]:
+        from qgraph.capture.serialize import dump_graph
+
+        state = {
+            name: getattr(self, name)
+            for name in ("names", "signature", "attributes", "guards", "late_guards")
+        }
+        return {**state, "graph": dump_graph(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from qgraph.capture.serialize import load_graph
+
+        for name, value in state.items():
+            setattr(self, name, load_graph(value) if name == "graph" else value)
+        self.validated, self._function, self._condition = set(), None, None
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """Compile a graph to a function of (module, *arguments); its source is known to tracebacks."""
+    import linecache
+
+    code = graph.python_code("self")
+    file = f"<qgraph {id(graph):x}>"
+    linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)
+    names: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, file, "exec"), names)
+    return names["forward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A call that could not be captured, and why; the module runs its own Python for it."""
+
+    names: tuple[str, ...]
+    signature: Any
+    training: bool
+    reason: str
+    where: str
+
+
+class ModuleState:
+    """The captured side of one module; deep-copied and pickled with it."""
+
+    def __init__(self, shared: Shared, path: str, forward: Callable[..., Any]) -> None:
+        self.shared = shared
+        self.path = path
+        self.variants: list[Variant] = []
+        self.opaque: list[Opaque] = []
+        self.python_sites: dict[str, Any] = {}
+        self.misses = 0
+        self.inference = False
+        self.positional = positional_names(forward)
+
+    def owner(self, module: nn.Module) -> Owner:
+        return Owner(module, self.path, self.shared)
+
+    def names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+        """A name for each argument of a call, keywords in the order of their names."""
+        known = self.positional[: len(args)]
+        extra = tuple(f"args_{i}" for i in range(len(known), len(args)))
+        return known + extra + tuple(sorted(kwargs))
+
+    def select(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Variant | None, Any]:
+        """The variant that holds for a call, with the call's values in its order."""
+        names = self.names(args, kwargs)
+        values = (*args, *(kwargs[name] for name in sorted(kwargs)))
+        if not self.variants:
+            return None, values
+        try:
+            given = tuple([signature(value) for value in values])
+        except Unsupported:
+            return None, values
+        for variant in self.variants:
+            if variant.accepts(module, names, given, values):
+                return variant, values
+        return None, values
+
+    def known_opaque(self, names: tuple[str, ...], given: Any, training: bool) -> Opaque | None:
+        for entry in self.opaque:
+            if (entry.names, entry.signature, entry.training) == (names, given, training):
+                return entry
+        return None
+
+
+def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in kinds)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own scalars, its mode among them: a graph has taken them for constants."""
+    return {name: value for name, value in module.__dict__.items() if isinstance(value, _SCALARS)}
+
+
+def shapes(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The sizes and dtypes of every tensor in a call's arguments."""
+    return tuple(
+        (tuple(item.shape), item.dtype)
+        for value in values
+        for _, item in walk(value)
+        if isinstance(item, Tensor)
+    ) + (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
+def find_attribute(module: nn.Module, tensor: Tensor) -> str | None:
+    """The path under `module` by which a tensor is reached: a parameter, a buffer, an attribute or a list of them."""
+    for own in (module._parameters, module._buffers):
+        for name, value in own.items():
+            if value is tensor:
+                return name
+    for name, value in module.__dict__.items():
+        if value is tensor:
+            return name
+        if isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                if item is tensor:
+                    return f"{name}[{i}]"
+    for path, child in module.named_modules():
+        if path and not path.startswith("qgraph."):
+            for name, value in (*child._parameters.items(), *child._buffers.items(), *child.__dict__.items()):
+                if value is tensor:
+                    return f"{path}.{name}"
+    return None
+
+
+class Snapshot:
+    """Random states and buffers before a run that may have to be done again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.python, self.numpy = random.getstate(), np.random.get_state()
+        self.torch = torch.get_rng_state()
+        self.cuda = (
+            torch.cuda.get_rng_state_all()
+            if torch.cuda.is_available() and torch.cuda.is_initialized()
+            else []
+        )
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

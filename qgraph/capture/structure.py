@@ -1,0 +1,132 @@
+"""The structure of Python values that cross a forward: what is inside, and a signature that says what a graph assumed.
+
+Nothing here knows about graphs; the recorder and the guards stand on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_DEPTH = 8
+_SCALARS = (bool, str, bytes, float, complex, type(None), type(Ellipsis), slice, range, enum.Enum)
+_TORCH_SCALARS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class Unsupported(Exception):
+    """A value that a graph cannot carry; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One access on the way to a part of a value: ``.name`` or ``[key]``."""
+
+    attribute: bool
+    key: Any
+
+    def __str__(self) -> str:
+        return f".{self.key}" if self.attribute else f"[{self.key!r}]"
+
+    def get(self, value: Any) -> Any:
+        return getattr(value, self.key) if self.attribute else value[self.key]
+
+
+def is_namedtuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(type(value), "_fields")
+
+
+def parts(value: Any) -> list[tuple[Step, Any]] | None:
+    """The parts of a container or a plain object, each with how to reach it; None for a leaf."""
+    if isinstance(value, (*_SCALARS, *_TORCH_SCALARS, int, Tensor, nn.Module, type)) or callable(value):
+        return None
+    if is_namedtuple(value):
+        return [(Step(True, name), getattr(value, name)) for name in type(value)._fields]
+    if isinstance(value, (tuple, list)):
+        return [(Step(False, i), item) for i, item in enumerate(value)]
+    if dataclasses.is_dataclass(value):
+        return [(Step(True, f.name), getattr(value, f.name, None)) for f in dataclasses.fields(value)]
+    if isinstance(value, dict):
+        return [(Step(False, key), item) for key, item in value.items()]
+    attributes = getattr(value, "__dict__", None)
+    if attributes is None:
+        return None
+    return [(Step(True, name), item) for name, item in attributes.items()]
+
+
+def walk(
+    value: Any, path: tuple[Step, ...] = (), seen: set[int] | None = None
+) -> Iterator[tuple[tuple[Step, ...], Any]]:
+    """Every part of `value`, itself first, with its path; an object met twice is walked once."""
+    seen = set() if seen is None else seen
+    yield path, value
+    inner = parts(value)
+    if inner is None or id(value) in seen or len(path) >= _DEPTH:
+        return
+    seen.add(id(value))
+    for step, item in inner:
+        yield from walk(item, (*path, step), seen)
+
+
+def signature(value: Any, top: bool = True, depth: int = 0) -> Any:
+    """What a captured graph assumes of a value: types, structure, None-ness and constants, but no tensor's size.
+
+    An int at the top of an argument, or in a tuple, is not part of it: graphs take those as inputs, so that a size
+    passed from parent to child does not tie the child to that size.
+    """
+    if isinstance(value, Tensor):
+        return "parameter" if isinstance(value, nn.Parameter) else "tensor"
+    if value is None or isinstance(value, (bool, str)):
+        return (type(value).__name__, value)
+    if isinstance(value, (int, torch.SymInt)):
+        return "int" if top else ("int", int(value))
+    if isinstance(value, (*_SCALARS, *_TORCH_SCALARS)):
+        return (type(value).__name__, str(value) if isinstance(value, (slice, range)) else value)
+    if depth > _DEPTH:
+        raise Unsupported(f"a value nested deeper than {_DEPTH} levels")
+    inner = parts(value)
+    if inner is None:
+        return (type(value).__name__, id(value))
+    immutable = top and isinstance(value, tuple)
+    return (
+        type(value).__name__,
+        tuple((step.attribute, step.key, signature(item, immutable, depth + 1)) for step, item in inner),
+    )
+
+
+def identities(value: Any) -> list[Any]:
+    """The parts of a value as objects to compare by identity later: tells whether a forward changed its input."""
+    return [(path, item) for path, item in walk(value)]
+
+
+def changed(before: list[Any], value: Any) -> str | None:
+    """The first path whose part is not the one that it was, or None."""
+    after = identities(value)
+    for (path, old), (new_path, new) in zip(before, after, strict=False):
+        if path != new_path or not same(old, new):
+            return "".join(map(str, path)) or "itself"
+    if len(before) != len(after):
+        return "".join(map(str, max(before, after, key=len)[-1][0]))
+    return None
+
+
+def same(old: Any, new: Any) -> bool:
+    """Whether two values are one object, or equal plain scalars (which Python may rebuild)."""
+    if old is new:
+        return True
+    scalar = (bool, int, float, str, bytes, tuple)
+    return type(old) is type(new) and isinstance(old, scalar) and not parts(old) and old == new
+
+
+def rebuild(kind: type, items: Any) -> Any:
+    """Make a container of `kind` from its parts, in a graph: tuples from sequences, the rest from mappings."""
+    if kind is OrderedDict:
+        return OrderedDict(items)
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return kind(*items.values())
+    return kind(**items)

@@ -1,0 +1,299 @@
+"""What we add to torch.fx: the sites of a graph, the shared state of a prepared model, and views on both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+from qgraph.config import QConfig, QuantSpec, SparsitySpec
+from qgraph.modules import ActivationQuantizer, Quantizers, Sparsifier, WeightQuantizer
+from qgraph.ops import Groups
+from qgraph.placement import Owner, Site, place
+from qgraph.sites import CONSTANT, DATA, Source, combine, site_call, swaps_last_two
+
+if TYPE_CHECKING:
+    from qgraph.capture.state import ModuleState
+
+STATE = "_qgraph"  # the attribute of a prepared module that holds its ModuleState
+
+
+@dataclass(slots=True, eq=False)
+class Shared:
+    """What all modules of one prepared model share.
+
+    ``quantizers``: by site name, so that tied weights share one. ``canonical``: for each second name of a tied
+    parameter, its first. ``pipeline``: what every captured graph is rewritten by.
+    """
+
+    config: QConfig
+    pipeline: Any
+    canonical: dict[str, str] = field(default_factory=dict)
+    quantizers: dict[str, nn.Module] = field(default_factory=dict)
+    strict: bool = False
+    model_name: str = ""
+    notes: list[Any] = field(default_factory=list)
+
+    def canonical_name(self, module_path: str, relative: str) -> str:
+        name = f"{module_path}.{relative}" if module_path else relative
+        return self.canonical.get(name, name)
+
+
+# -- the sites of one graph --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSite:
+    """A site of a captured graph: its node, its operands, and the node of each."""
+
+    node: fx.Node
+    site: Site
+
+    def operand_node(self, placed: Any) -> Any:
+        return placed.operand.get(self.node.args, self.node.kwargs)
+
+
+def function_name(node: fx.Node) -> str:
+    """The bare name of what a node calls: ``linear``, ``matmul``, ..., or ``""``."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if node.target is getattr:
+        return str(node.args[1])
+    return getattr(node.target, "__name__", type(node.target).__name__)
+
+
+def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
+    """The sites of a graph in order, with the same operand names as `capture.operands` gives to running Python."""
+    sources: dict[fx.Node, Source] = {}
+    ordinals: dict[str, list[fx.Node]] = {}
+
+    def ordinal(key: str, node: fx.Node) -> int:
+        met = ordinals.setdefault(key, [])
+        if node not in met:
+            met.append(node)
+        return met.index(node)
+
+    for node in graph.nodes:
+        sources[node] = node_source(node, sources, owner)
+        name = function_name(node)
+        call = site_call(name, node.args, node.kwargs, rank) if name else None
+        if call is None:
+            continue
+        operands = [unquantized(operand.get(node.args, node.kwargs)) for operand in call.operands]
+        found = [sources.get(o, CONSTANT) if isinstance(o, fx.Node) else CONSTANT for o in operands]
+        site = place(call, found, owner, lambda key, i, nodes=operands: ordinal(key, nodes[i]))
+        if site is not None:
+            yield GraphSite(node, site)
+
+
+def node_source(node: fx.Node, sources: dict[fx.Node, Source], owner: Owner) -> Source:
+    """What a node derives from, given the sources of the nodes before it."""
+    if node.op == "placeholder":
+        if node.meta.get("parameter"):
+            return Source("parameter", (f"{owner.path}.{node.target}".lstrip("."),))
+        return DATA
+    if node.op == "get_attr":
+        if not node.meta.get("parameter"):
+            return CONSTANT
+        return Source("parameter", (owner.shared.canonical_name(owner.path, str(node.target)),), exact=True)
+    if is_quantizer(node, owner.module):
+        return sources.get(node.args[0], CONSTANT) if isinstance(node.args[0], fx.Node) else CONSTANT
+    inputs = [sources[n] for n in node.all_input_nodes if not _is_number(n)]
+    if node.op == "call_module":
+        if inputs:
+            return DATA
+        made_of_parameters = node.meta.get("holds_parameters")
+        return (
+            Source("parameter", (f"{owner.path}.{node.target}".lstrip("."),))
+            if made_of_parameters
+            else CONSTANT
+        )
+    name = function_name(node)
+    first = node.args[0] if node.args else None
+    swapped = isinstance(first, fx.Node) and swaps_last_two(name, node.args, rank(first))
+    return combine(name, inputs, swapped)
+
+
+def rank(value: Any) -> int:
+    """The number of dimensions that a node's value had when it was recorded."""
+    return len(value.meta.get("shape", ())) if isinstance(value, fx.Node) else 0
+
+
+def is_quantizer(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node calls one of our own modules."""
+    return node.op == "call_module" and str(node.target).split(".")[0] == "qgraph"
+
+
+def unquantized(value: Any) -> Any:
+    """The node behind the quantizers and sparsifiers that passes have put before an operand."""
+    while (
+        isinstance(value, fx.Node)
+        and value.op == "call_module"
+        and str(value.target).split(".")[0] == "qgraph"
+    ):
+        value = value.args[0]
+    return value
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Sizes and flags say nothing of what a tensor derives from."""
+    return function_name(node) in ("size", "numel", "dim", "shape", "dtype", "device", "ndim", "len") or (
+        node.op != "placeholder"
+        and bool(node.all_input_nodes)
+        and all(_is_number(n) for n in node.all_input_nodes)
+    )
+
+
+# -- the sites of a prepared model -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecord:
+    """One weight operand of a prepared model.
+
+    ``path``: the module whose forward makes the call; ``name``: the weight; ``shape``: the weight's; ``reason``: why it
+    is left float, or None; ``captured``: in a graph, or quantized while Python runs.
+    """
+
+    path: str
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    weight: QuantSpec | None
+    activation: QuantSpec | None
+    sparsity: SparsitySpec | None
+    groups: Groups | None
+    where: str
+    reason: str | None
+    captured: bool
+    quantizer: WeightQuantizer | None
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `qgraph.prepare` returned this model."""
+    return STATE in model.__dict__
+
+
+def config_of(model: nn.Module) -> QConfig | None:
+    """The config that a model was prepared with, or None."""
+    state = model.__dict__.get(STATE)
+    return state.shared.config if state is not None else None
+
+
+def states(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleState]]:
+    """Every captured module of a prepared model with its path and state."""
+    for path, module in model.named_modules():
+        state = module.__dict__.get(STATE)
+        if state is not None:
+            yield path, module, state
+
+
+def quantizer_modules(model: nn.Module) -> Iterator[Any]:
+    """The sparsifiers and quantizers of a prepared model, each once."""
+    for module in model.modules():
+        if isinstance(module, (WeightQuantizer, ActivationQuantizer, Sparsifier)):
+            yield module
+
+
+def sites(model: nn.Module) -> list[SiteRecord]:
+    """Every weight operand of every site met so far, in the order of the model's modules; each once."""
+    records: dict[tuple[str, str, str], SiteRecord] = {}
+    for path, module, state in states(model):
+        owner = state.owner(module)
+        for variant in state.variants:
+            for found in find_sites(variant.graph, owner):
+                for placed in found.site.weights:
+                    node = unquantized(found.operand_node(placed))
+                    shape = tuple(node.meta.get("shape", ()))
+                    where = found.node.meta.get("where", "")
+                    record = _record(owner, found.site, placed, shape, where, True)
+                    records.setdefault((path, placed.site, record.op), record)
+        for site, where, shape in state.python_sites.values():
+            for placed in site.weights:
+                record = _record(owner, site, placed, shape, where, False)
+                records.setdefault((path, placed.site, record.op), record)
+    return list(records.values())
+
+
+def _record(
+    owner: Owner, site: Site, placed: Any, shape: tuple[int, ...], where: str, captured: bool
+) -> SiteRecord:
+    config = owner.config
+    container = owner.module._modules.get("qgraph")
+    quantizer: Any = None
+    sparsifier: Any = None
+    activation: Any = None
+    if isinstance(container, Quantizers):
+        get = lambda key: container[key.replace(".", "__")] if key.replace(".", "__") in container else None  # noqa: E731
+        quantizer, sparsifier = get(placed.key), get(f"{placed.key}.sparsifier")
+        activation = get(site.inputs[0].key) if site.inputs else None
+    reason = None
+    if quantizer is None and sparsifier is None:
+        if config is None:
+            reason = "a rule leaves it float"
+        elif config.weight is None and config.sparsity is None:
+            reason = "the config quantizes no weights"
+        else:
+            reason = "no quantizer was placed"
+    holder = quantizer if quantizer is not None else sparsifier
+    return SiteRecord(
+        path=owner.path,
+        name=placed.site,
+        op=site.call.op,
+        shape=shape,
+        weight=quantizer.spec if quantizer is not None else None,
+        activation=activation.spec if activation is not None else None,
+        sparsity=sparsifier.sparsity if sparsifier is not None else None,
+        groups=holder.groups if holder is not None else None,
+        where=where,
+        reason=reason,
+        captured=captured,
+        quantizer=quantizer,
+    )
+
+
+# -- coverage ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpaqueModule:
+    """A module that stays Python for some call: why, and where in the user's code."""
+
+    path: str
+    kind: str
+    training: bool
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What was captured: modules with graphs and without, sites and how many are quantized, calls that missed."""
+
+    modules: int
+    captured: int
+    graphs: int
+    opaque: tuple[OpaqueModule, ...]
+    sites: int
+    sites_quantized: int
+    guard_misses: int
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Count what is captured so far in a prepared model."""
+    opaque: list[OpaqueModule] = []
+    modules = captured = graphs = misses = 0
+    for path, module, state in states(model):
+        modules += 1
+        captured += bool(state.variants)
+        graphs += len(state.variants)
+        misses += state.misses
+        kind = type(module).__name__
+        opaque.extend(OpaqueModule(path, kind, o.training, o.reason, o.where) for o in state.opaque)
+    records = sites(model)
+    quantized = sum(record.reason is None for record in records)
+    return Coverage(modules, captured, graphs, tuple(opaque), len(records), quantized, misses)

@@ -1,0 +1,216 @@
+"""The small modules that rewritten graphs call: weight and activation quantizers and the sparsifier.
+
+A module here holds what one site needs (spec, groups, learned step) and can be switched off. The mathematics is in
+`qgraph.ops`; where the calls are inserted is decided by the passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qgraph.config import QuantSpec, SparsitySpec
+from qgraph.ops import Groups, Quantized, fake_quantize, initial_step, quantize, sparsify
+
+
+@torch.library.custom_op("qgraph::weight", mutates_args=())
+def _weight_op(weight: Tensor, site: str) -> Tensor:
+    """Stand in for one quantized weight in an exported graph; the exporter replaces it by packed codes."""
+    return weight.clone()
+
+
+@torch.library.custom_op("qgraph::activation", mutates_args=())
+def _activation_op(x: Tensor, site: str) -> Tensor:
+    """Stand in for one quantized activation in an exported graph; the exporter replaces it by ONNX nodes."""
+    return x.clone()
+
+
+@_weight_op.register_fake
+@_activation_op.register_fake
+def _same_as_input(x: Tensor, site: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationForm:
+    """What an activation quantizer computes: its spec, its groups and, for a learned step, the step."""
+
+    spec: QuantSpec
+    groups: Groups
+    step: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Collected:
+    """What every quantizer of a model saw and would deploy during one run, by site, in order of first use."""
+
+    weights: dict[str, Quantized] = field(default_factory=dict)
+    activations: dict[str, ActivationForm] = field(default_factory=dict)
+    sparsity: dict[str, SparsitySpec] = field(default_factory=dict)
+
+
+class _Run:
+    """How quantizers behave now: plainly (the default), collecting, or emitting stand-in operators for export.
+
+    A plain object with attributes, not a context variable, since torch.compile and torch.export read it.
+    """
+
+    def __init__(self) -> None:
+        self.collected: Collected | None = None
+        self.exporting = False
+
+
+_run = _Run()
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[Collected]:
+    """Record what each quantizer would deploy while the model runs (in eval, without gradients)."""
+    previous, _run.collected = _run.collected, Collected()
+    try:
+        yield _run.collected
+    finally:
+        _run.collected = previous
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Make each quantizer emit one stand-in operator, `qgraph::weight` or `qgraph::activation`."""
+    previous, _run.exporting = _run.exporting, True
+    try:
+        yield
+    finally:
+        _run.exporting = previous
+
+
+class Quantizer(nn.Module):
+    """What the quantizers share: a site name, a switch and, for `method="lsq"`, a learned step.
+
+    Parameters
+    ----------
+    spec : QuantSpec
+    groups : Groups
+        Which values share one scale.
+    site : str
+        Module path and operand, such as ``encoder.fc1.weight``; unique in a model.
+    """
+
+    def __init__(self, spec: QuantSpec, groups: Groups, site: str) -> None:
+        super().__init__()
+        self.spec = spec
+        self.groups = groups
+        self.site = site
+        self.enabled = True
+        self.step: nn.Parameter | None = None
+
+    def initialize_step(self, example: Tensor) -> None:
+        """Create or fill the learned step from an example of what is quantized (LSQ's rule); float32."""
+        start = initial_step(example.detach(), self.spec, self.groups)
+        if self.step is None:
+            self.step = nn.Parameter(start)
+        else:
+            self.step.data.copy_(start)
+
+    def extra_repr(self) -> str:
+        state = "" if self.enabled else ", disabled"
+        return f"{self.site!r}, {self.spec}, {self.groups}{state}"
+
+
+class WeightQuantizer(Quantizer):
+    """Quantize and dequantize one weight operand; `dense` is the unpruned weight where the operand is sparse.
+
+    Shape: any floating tensor in, the same shape and dtype out. Source: arXiv 2409.09245, section 3.
+    """
+
+    def forward(self, weight: Tensor, dense: Tensor | None = None) -> Tensor:
+        if not self.enabled:
+            return weight
+        if _run.exporting:
+            return torch.ops.qgraph.weight(weight if dense is None else dense, self.site)
+        if _run.collected is not None:
+            _run.collected.weights[self.site] = quantize(
+                weight.detach(),
+                self.spec,
+                self.groups,
+                dense=None if dense is None else dense.detach(),
+                step=self.step,
+            )
+        return fake_quantize(weight, self.spec, self.groups, dense=dense, step=self.step)
+
+
+class ActivationQuantizer(Quantizer):
+    """Quantize and dequantize one activation, its ranges computed from the values at hand (dynamic).
+
+    Shape: any floating tensor in, the same shape and dtype out. Source: arXiv 2409.09245, section 3.
+    """
+
+    def __init__(self, spec: QuantSpec, groups: Groups, site: str) -> None:
+        super().__init__(spec, groups, site)
+        if spec.method == "lsq":
+            # One step a tensor, since a step learned per token has no meaning; 0 says "not yet initialized".
+            self.step = nn.Parameter(torch.zeros(1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled or not x.is_floating_point():
+            return x
+        if _run.exporting:
+            return torch.ops.qgraph.activation(x, self.site)
+        if self.step is not None and not torch.compiler.is_compiling() and not bool(self.step.any()):
+            self.initialize_step(x)
+        if _run.collected is not None:
+            _run.collected.activations[self.site] = ActivationForm(self.spec, self.groups, self.step)
+        return fake_quantize(x, self.spec, self.groups, step=self.step)
+
+
+class Sparsifier(nn.Module):
+    """Prune one weight operand; the gradient passes to every weight, so a pruned one can come back.
+
+    `alone` says that no quantizer follows, so that this module stands for the operand in an export.
+    Source: arXiv 2409.09245, forward step 0.
+    """
+
+    def __init__(self, sparsity: SparsitySpec, groups: Groups, site: str, alone: bool = False) -> None:
+        super().__init__()
+        self.sparsity = sparsity
+        self.groups = groups
+        self.site = site
+        self.alone = alone
+        self.enabled = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight
+        if _run.exporting:
+            return torch.ops.qgraph.weight(weight, self.site) if self.alone else weight
+        pruned = sparsify(weight, self.sparsity, self.groups)
+        if _run.collected is not None:
+            _run.collected.sparsity[self.site] = self.sparsity
+            if self.alone:
+                _run.collected.weights[self.site] = Quantized.pruned(pruned.detach(), self.groups)
+        return pruned
+
+    def extra_repr(self) -> str:
+        state = "" if self.enabled else ", disabled"
+        return f"{self.site!r}, {self.sparsity}{state}"
+
+
+class Quantizers(nn.Module):
+    """The quantizers of one module, its child `qgraph`; named after their operands, with dots written as `__`.
+
+    Not an nn.ModuleDict, whose method names a parameter may bear (``values``, ``items``).
+    """
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __getitem__(self, name: str) -> nn.Module:
+        found = self._modules[name]
+        assert found is not None
+        return found
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self.add_module(name, module)

@@ -1,0 +1,172 @@
+"""Which quantizers stand at the operands of one call: found by the same rules in a graph and in running Python.
+
+A weight's quantizer belongs to the parameter it quantizes, so tied weights share one. The modules are made on first
+demand and live under the child `qgraph` of the module whose forward makes the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from qgraph.config import QConfig, QuantSpec
+from qgraph.modules import ActivationQuantizer, Quantizers, Sparsifier, WeightQuantizer
+from qgraph.ops import Groups
+from qgraph.sites import Operand, SiteCall, Source, groups_for_weight
+
+if TYPE_CHECKING:
+    from qgraph.graph import Shared
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One operand of a site with its source; `key` names its quantizer inside the owning module."""
+
+    operand: Operand
+    source: Source
+    key: str
+    site: str
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A call of the site table that multiplies by at least one weight, with its operands told apart."""
+
+    call: SiteCall
+    weights: tuple[Placed, ...]
+    inputs: tuple[Placed, ...]
+
+
+class Owner:
+    """One module of the model as the owner of sites: its path, its config and the shared state of the model."""
+
+    def __init__(self, module: nn.Module, path: str, shared: Shared) -> None:
+        self.module, self.path, self.shared = module, path, shared
+
+    @property
+    def config(self) -> QConfig | None:
+        return self.shared.config.resolve(self.path, self.module)
+
+    def weight(
+        self, placed: Placed, example: Callable[[], Tensor]
+    ) -> tuple[Sparsifier | None, WeightQuantizer | None]:
+        """The sparsifier and the quantizer of a weight operand, as the config asks for them."""
+        config = self.config
+        if config is None or (config.weight is None and config.sparsity is None):
+            return None, None
+        operand = placed.operand
+        if placed.source.transposed and operand.axis is not None:
+            operand = replace(operand, axis=_other_axis(operand.axis))
+        groups = groups_for_weight(config.weight, operand)
+        sparsifier = quantizer = None
+        if config.sparsity is not None:
+            alone = config.weight is None
+            found = self._get(
+                f"{placed.key}.sparsifier",
+                f"{placed.site}:sparsifier",
+                lambda: Sparsifier(config.sparsity, groups, placed.site, alone),
+                lambda m: m.sparsity == config.sparsity,
+            )
+            sparsifier = found
+        if config.weight is not None:
+            spec = config.weight
+
+            def make() -> WeightQuantizer:
+                made = WeightQuantizer(spec, groups, placed.site)
+                if spec.method == "lsq":
+                    made.initialize_step(example())
+                return made
+
+            quantizer = self._get(
+                placed.key, placed.site, make, lambda m: (m.spec, m.groups) == (spec, groups)
+            )
+        return sparsifier, quantizer
+
+    def activation(self, placed: Placed, call: SiteCall) -> ActivationQuantizer | None:
+        """The quantizer of an input operand, as the config asks for it."""
+        spec: QuantSpec | None = self.config.activation if self.config is not None else None
+        if spec is None:
+            return None
+        groups = Groups("tensor") if spec.method == "lsq" else Groups.for_activation(spec, call.conv)
+        return self._get(
+            placed.key,
+            placed.site,
+            lambda: ActivationQuantizer(spec, groups, placed.site),
+            lambda m: (m.spec, m.groups) == (spec, groups),
+        )
+
+    def _get(self, key: str, site: str, make: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
+        """The module at `key`, else the one that another module already has for the same site, else a new one."""
+        name = key.replace(".", "__")
+        container = self.module._modules.get("qgraph")
+        if container is None:
+            container = Quantizers()
+            container.train(self.module.training)
+            self.module._modules["qgraph"] = container
+        assert isinstance(container, Quantizers)
+        if name in container:
+            return container[name]
+        found = self.shared.quantizers.get(site)
+        if found is None or not fits(found):
+            found = make()
+            self.shared.quantizers.setdefault(site, found)
+        container[name] = found
+        return found
+
+
+def place(
+    call: SiteCall, sources: list[Source], owner: Owner, ordinal: Callable[[str, int], int]
+) -> Site | None:
+    """Tell weights from inputs, or None where the call multiplies no weight.
+
+    `ordinal(name, i)` numbers the different derived operands of one name, in order of first use; `i` is the operand's
+    place in `call.operands`.
+    """
+    roles = [_role(op, i, call, sources) for i, op in enumerate(call.operands)]
+    if "weight" not in roles:
+        return None
+    weights = []
+    for i, (operand, source, role) in enumerate(zip(call.operands, sources, roles, strict=True)):
+        if role == "weight":
+            weights.append(_placed_weight(operand, source, owner, i, ordinal))
+    first = weights[0].key
+    inputs = []
+    for operand, source, role in zip(call.operands, sources, roles, strict=True):
+        if role == "input":
+            base = "input" if first == "weight" else f"{first}.input"
+            key = base if not inputs else f"{base}{len(inputs)}"
+            inputs.append(Placed(operand, source, key, f"{owner.path}.{key}".lstrip(".")))
+    return Site(call, tuple(weights), tuple(inputs))
+
+
+def _role(operand: Operand, i: int, call: SiteCall, sources: list[Source]) -> str:
+    if operand.role == "input":
+        return "input"
+    if sources[i].kind != "parameter":
+        return "input" if operand.role == "either" else "other"
+    if operand.role == "weight":
+        return "weight"
+    other = sources[1 - i]
+    # A product of two parameters makes a weight, it does not use one; what it feeds is the site.
+    return "other" if other.kind == "parameter" else "weight"
+
+
+def _placed_weight(
+    operand: Operand, source: Source, owner: Owner, i: int, ordinal: Callable[[str, int], int]
+) -> Placed:
+    prefix = f"{owner.path}." if owner.path else ""
+    if source.exact:
+        site = source.names[0]
+        return Placed(operand, source, site.removeprefix(prefix), site)
+    name = "+".join(n.removeprefix(prefix) for n in source.names)
+    number = ordinal(name, i)
+    key = f"{name}_{number}" if number else f"{name}.derived"
+    return Placed(operand, source, key, f"{prefix}{key}")
+
+
+def _other_axis(axis: int) -> int:
+    """The channel axis of a two-dimensional weight, seen through a transpose."""
+    return {0: 1, 1: 0, -1: 0, -2: 1}[axis]

@@ -1,0 +1,164 @@
+"""`prepare`: capture a model, run the passes over its graphs, and give it back as the same kind of model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from qgraph.capture.driver import capture, install_all
+from qgraph.config import QConfig
+from qgraph.errors import CaptureError, ConfigError, QGraphError
+from qgraph.graph import Shared, coverage, is_prepared, quantizer_modules, sites
+from qgraph.passes import default_pipeline
+from qgraph.passes.quantize_standard_layers import place_in_standard_layers
+
+
+def prepare(
+    model: nn.Module,
+    config: QConfig | str = "A8W4@128",
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    inplace: bool = False,
+    strict: bool = False,
+) -> nn.Module:
+    """Rewrite a model so that it trains, and runs, with quantized and sparse weights and activations.
+
+    The result is the model: the same class by isinstance, the same forward signature, the same parameter names and
+    state_dict keys (plus the quantizers' own state, where they have any). Works on any module that runs in eager mode:
+    what cannot be captured as a graph runs as Python under the same quantizers, and is reported by `qgraph.inspect`.
+
+    Parameters
+    ----------
+    model : nn.Module
+    config : QConfig or str
+        What to quantize and how, such as ``"A4W1-2:4@128"``; see `QConfig.parse`.
+    example_inputs : tuple or Tensor, optional
+        Positional arguments of the forward. With them, the graphs are captured now, in eval and in train mode;
+        without, at the first calls.
+    example_kwargs : mapping, optional
+        Keyword arguments of the forward.
+    inplace : bool
+        Rewrite the model itself instead of a deep copy: for an optimizer made before.
+    strict : bool
+        Raise CaptureError for a site that stays float or a module that stays Python with sites in it.
+
+    Raises
+    ------
+    ConfigError
+        For a config that does not parse, or a rule that matches nothing.
+    CaptureError
+        For something that is not an unprepared nn.Module, for examples that the model rejects, and under `strict`.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"prepare: expected a torch.nn.Module, found {type(model).__name__}. Pass the model object itself."
+        )
+    if is_prepared(model):
+        raise CaptureError(
+            f"prepare: {type(model).__name__} is prepared already. Prepare the original model, or a new one with its "
+            f"state_dict."
+        )
+    config = QConfig.parse(config)
+    config.check_rules(model.named_modules())
+    prepared = model if inplace else copy.deepcopy(model)
+    shared = Shared(config, default_pipeline(), strict=strict, model_name=type(model).__name__)
+    install_all(prepared, shared)
+    place_in_standard_layers(prepared)
+    if example_inputs is not None or example_kwargs:
+        _capture(prepared, example_inputs, dict(example_kwargs or {}))
+        if strict:
+            _demand_full_coverage(prepared)
+    return prepared
+
+
+def _capture(prepared: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any]) -> None:
+    args = as_arguments(example_inputs)
+    try:
+        capture(prepared, args, example_kwargs, lambda mode: None)
+    except QGraphError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"prepare: {type(prepared).__name__} does not run on the example inputs "
+            f"({_describe(args, example_kwargs)}): {type(error).__name__}: {error}. Pass inputs that the model accepts."
+        ) from error
+
+
+def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
+    """Positional arguments from what a user passes as examples: a tuple of them, a list, or one value alone."""
+    if example_inputs is None:
+        return ()
+    if isinstance(example_inputs, list):
+        return tuple(example_inputs)
+    return example_inputs if type(example_inputs) is tuple else (example_inputs,)
+
+
+def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def one(value: Any) -> str:
+        return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+    return ", ".join([*map(one, args), *(f"{name}={one(value)}" for name, value in kwargs.items())])
+
+
+def _demand_full_coverage(prepared: nn.Module) -> None:
+    for record in sites(prepared):
+        if record.reason is not None and record.reason != "a rule leaves it float":
+            raise CaptureError(
+                f"prepare(strict=True): site '{record.name}' ({record.op} at {record.where}) is not quantized: "
+                f"{record.reason}. Give it a rule, or prepare without strict."
+            )
+        if not record.captured:
+            opaque = [o for o in coverage(prepared).opaque if o.path == record.path]
+            why = f"{opaque[0].reason}, at {opaque[0].where}" if opaque else "its module stays Python"
+            raise CaptureError(
+                f"prepare(strict=True): site '{record.name}' ({record.op} at {record.where}) is in no graph: {why}. "
+                f"Change that line, or prepare without strict: it is then quantized while Python runs."
+            )
+
+
+@contextlib.contextmanager
+def disabled(prepared: nn.Module, match: str | None = None) -> Iterator[nn.Module]:
+    """Let the quantizers and sparsifiers pass values through untouched: all, or those whose site matches the glob.
+
+    Examples
+    --------
+    >>> with qgraph.disabled(prepared):
+    ...     float_output = prepared(x)
+    """
+    chosen = [(module, module.enabled) for module in _matching(prepared, match)]
+    try:
+        for module, _ in chosen:
+            module.enabled = False
+        yield prepared
+    finally:
+        for module, enabled in chosen:
+            module.enabled = enabled
+
+
+def set_enabled(prepared: nn.Module, flag: bool, match: str | None = None) -> None:
+    """Switch quantizers and sparsifiers on or off for good: all, or those whose site matches the glob."""
+    for module in _matching(prepared, match):
+        module.enabled = flag
+
+
+def _matching(prepared: nn.Module, match: str | None) -> list[Any]:
+    if not is_prepared(prepared):
+        raise CaptureError(f"{type(prepared).__name__} is not prepared: call qgraph.prepare on it first.")
+    found = [m for m in quantizer_modules(prepared) if match is None or _fits(m.site, match)]
+    if match is not None and not found:
+        raise ConfigError(f"no quantizer's site matches {match!r}; qgraph.inspect(model).layers lists them.")
+    return found
+
+
+def _fits(site: str, match: str) -> bool:
+    parts = site.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), match) for i in range(len(parts)))
+
+
+__all__ = ["as_arguments", "disabled", "prepare", "set_enabled"]

@@ -1,0 +1,211 @@
+"""The site table: which torch functions multiply by a weight, where their operands stand, and along which axis.
+
+One table for graphs and for Python that runs under the recorder, so both quantize the same operands. What an operand
+derives from is told by `Source`, which both compute by the same rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qgraph.ops import Groups
+
+Role = Literal["input", "weight", "either"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One operand of a call: where it stands, what it is, and its output-channel axis when it is a weight.
+
+    `axis` None: the whole operand makes one output channel.
+    """
+
+    position: int
+    keyword: str
+    role: Role
+    axis: int | None = 0
+    index: int | None = None
+
+    def get(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        value = args[self.position] if self.position < len(args) else kwargs.get(self.keyword)
+        return value if self.index is None or value is None else value[self.index]
+
+    def put(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], new: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with this operand replaced."""
+        if self.index is not None:
+            old = args[self.position] if self.position < len(args) else kwargs[self.keyword]
+            new = type(old)([new if i == self.index else v for i, v in enumerate(old)])
+        if self.position < len(args):
+            return (*args[: self.position], new, *args[self.position + 1 :]), kwargs
+        return args, {**kwargs, self.keyword: new}
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCall:
+    """A call of a function of the site table. `conv`: its activations are grouped by sample."""
+
+    op: str
+    operands: tuple[Operand, ...]
+    conv: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a value derives from.
+
+    ``parameter``: from parameters alone, named in `names` (paths from the root); `exact` when it is the one parameter
+    itself, up to a transpose of its last two dimensions. ``data``: from the model's inputs. ``constant``: neither.
+    """
+
+    kind: Literal["parameter", "data", "constant"]
+    names: tuple[str, ...] = ()
+    exact: bool = False
+    transposed: bool = False
+
+
+DATA = Source("data")
+CONSTANT = Source("constant")
+_TRANSPOSES = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "adjoint", "numpy_T"})
+_SAME = frozenset({"contiguous", "detach", "clone", "requires_grad_", "alias"})
+
+
+def combine(name: str, sources: Iterable[Source], transposes_last_two: bool = False) -> Source:
+    """The source of the result of the function `name` on operands of these sources."""
+    found = list(sources)
+    if any(s.kind == "data" for s in found):
+        return DATA
+    parameters = [s for s in found if s.kind == "parameter"]
+    if not parameters:
+        return CONSTANT
+    if len(found) == 1 and parameters[0].exact:
+        if name in _SAME:
+            return parameters[0]
+        if name in _TRANSPOSES and transposes_last_two:
+            return Source("parameter", parameters[0].names, True, not parameters[0].transposed)
+    names = dict.fromkeys(n for s in parameters for n in s.names)
+    return Source("parameter", tuple(names))
+
+
+def swaps_last_two(name: str, args: Sequence[Any], ndim: int) -> bool:
+    """Whether a call of one of the transposing functions exchanges exactly the last two dimensions."""
+    if name not in _TRANSPOSES or ndim < 2:
+        return False
+    if name in ("t", "T", "mT", "adjoint"):
+        return ndim == 2 or name in ("mT", "adjoint")
+    dims = [a % ndim for a in args[1:3] if isinstance(a, int)]
+    return sorted(dims) == [ndim - 2, ndim - 1]
+
+
+def site_call(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]
+) -> SiteCall | None:
+    """Read one call of a torch function by its name; None where it is not in the table."""
+    reader = _TABLE.get(name)
+    return reader(name, args, kwargs, ndim) if reader is not None else None
+
+
+def groups_for_weight(spec: Any, operand: Operand) -> Groups:
+    """Groups of a weight operand: its channels as the table says, one group where it makes one output."""
+    if operand.axis is None:
+        block = spec.group_size if spec is not None and spec.granularity == "block" else None
+        return Groups("tensor", 0, block)
+    return Groups.for_weight(spec, operand.axis)
+
+
+def _layer(axis: int, conv: bool, first: str = "input") -> Callable[..., SiteCall]:
+    def read(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+        return SiteCall(name, (Operand(0, first, "input"), Operand(1, "weight", "weight", axis)), conv)
+
+    return read
+
+
+def _embedding(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]
+) -> SiteCall:
+    return SiteCall(name, (Operand(1, "weight", "weight", 0),))
+
+
+def _bilinear(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+    inputs = (Operand(0, "input1", "input"), Operand(1, "input2", "input"))
+    return SiteCall(name, (*inputs, Operand(2, "weight", "weight", 0)))
+
+
+def _matmul(left: int, keywords: tuple[str, str]) -> Callable[..., SiteCall]:
+    def read(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+        a, b = Operand(left, keywords[0], "either", 0), Operand(left + 1, keywords[1], "either", -1)
+        axes = [None if ndim(o.get(args, kwargs)) < 2 else o.axis for o in (a, b)]
+        pair = (
+            Operand(left, keywords[0], "either", axes[0]),
+            Operand(left + 1, keywords[1], "either", axes[1]),
+        )
+        return SiteCall("matmul" if name.startswith("__") else name, pair)
+
+    return read
+
+
+def _reflected_matmul(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]
+) -> SiteCall:
+    return SiteCall("matmul", (Operand(1, "other", "either", 0), Operand(0, "self", "either", -1)))
+
+
+def _einsum(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]
+) -> SiteCall | None:
+    if not args or not isinstance(args[0], str):
+        return None
+    listed = len(args) == 2 and isinstance(args[1], (list, tuple))
+    inputs, _, output = args[0].replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    output = output or "".join(sorted({c for c in inputs if inputs.count(c) == 1 and c.isalpha()}))
+    if len(terms) != 2:
+        return None
+    operands = []
+    for i, term in enumerate(terms):
+        kept = [k for k, c in enumerate(term) if c in output and c not in terms[1 - i]]
+        axis = kept[0] if kept and "." not in term else None
+        if listed:
+            operands.append(Operand(1, "operands", "either", axis, i))
+        else:
+            operands.append(Operand(1 + i, "operands", "either", axis))
+    return SiteCall("einsum", tuple(operands))
+
+
+def _recurrent(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]
+) -> SiteCall | None:
+    # Padded: (input, hx, params, ...); packed: (data, batch_sizes, hx, params, ...). hx is a pair for an LSTM.
+    at = 2 if isinstance(args[2], (list, tuple)) and isinstance(args[3], bool) else 3
+    weights = [i for i, p in enumerate(args[at]) if ndim(p) == 2]
+    return SiteCall(
+        name, (Operand(0, "input", "input"), *(Operand(at, "params", "weight", 0, i) for i in weights))
+    )
+
+
+def _cell(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+    hidden = (
+        (Operand(1, "hx", "input", index=0),) if name.startswith("lstm") else (Operand(1, "hx", "input"),)
+    )
+    weights = (Operand(2, "w_ih", "weight", 0), Operand(3, "w_hh", "weight", 0))
+    return SiteCall(name, (Operand(0, "input", "input"), *hidden, *weights))
+
+
+_TABLE: dict[str, Callable[..., SiteCall | None]] = {
+    "linear": _layer(0, conv=False),
+    **{f"conv{d}d": _layer(0, conv=True) for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": _layer(1, conv=True) for d in (1, 2, 3)},
+    "conv_tbc": _layer(-1, conv=True),
+    "embedding": _embedding,
+    "embedding_bag": _embedding,
+    "bilinear": _bilinear,
+    **{name: _matmul(0, ("input", "other")) for name in ("matmul", "__matmul__", "mm", "bmm", "mv", "inner")},
+    "__rmatmul__": _reflected_matmul,
+    **{name: _matmul(1, ("mat1", "mat2")) for name in ("addmm", "baddbmm", "addmv", "addbmm")},
+    "einsum": _einsum,
+    **{name: _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    **{f"{name}_cell": _cell for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+}
