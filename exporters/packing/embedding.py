@@ -26,7 +26,9 @@ def emit_gather_rows(b: GraphBuilder, p: PackedWeight, name: str, indices: ir.Va
     node = f"{name}.gather"
     rows, features = p.rows
     if len(p.shape) != 2 or p.shape != (rows, features):
-        raise ValueError(f"{name}: found shape {p.shape}, groups {p.groups}; expected (rows, features), channel axis 0")
+        raise ValueError(
+            f"{name}: found shape {p.shape}, groups {p.groups}; expected (rows, features), channel axis 0"
+        )
     data_name = f"{name}.packed"
     if p.mask is not None or p.lead != rows:
         p, data_name = pack(unpack(p), align_rows=True), f"{name}.rows"

@@ -43,7 +43,9 @@ def emit_codes(
         kind = np.dtype(dtype.numpy())
     info = np.iinfo(kind)
     if low < info.min or high > info.max:
-        raise ValueError(f"{name}: found levels {low}..{high}; expected them within {kind} ({info.min}..{info.max})")
+        raise ValueError(
+            f"{name}: found levels {low}..{high}; expected them within {kind} ({info.min}..{info.max})"
+        )
     levels = to_shape(b, p, emit_rows(b, p, name, Target(kind, add)), name)
     return b.cast(levels, FLOAT, name=f"{name}.unpack") if dtype == FLOAT else levels
 

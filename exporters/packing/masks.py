@@ -54,7 +54,11 @@ class TileMask:
         """(R, K) levels -> the mask, its bytes, and the kept levels, tile by tile."""
         whole = padded(padded(rows, height, 0), width, 1)
         tall, wide = whole.shape[0] // height, whole.shape[1] // width
-        tiles = whole.reshape(tall, height, wide, width).transpose(0, 2, 1, 3).reshape(tall * wide, height * width)
+        tiles = (
+            whole.reshape(tall, height, wide, width)
+            .transpose(0, 2, 1, 3)
+            .reshape(tall * wide, height * width)
+        )
         bits = (tiles != 0).any(axis=1)
         kept = tiles[bits].copy()
         if whole.shape != rows.shape:  # values in the padding are free
@@ -125,7 +129,9 @@ class TileMask:
         top, used = -(-size // 8), self.squeezed - 1
         table = b.constant(np.zeros(1, np.uint8), "zero")
         if used:
-            table = b.op("Concat", [table, b.slice(data, [top], [top + used], [0], name=name)], {"axis": 0}, name=name)
+            table = b.op(
+                "Concat", [table, b.slice(data, [top], [top + used], [0], name=name)], {"axis": 0}, name=name
+            )
         index = running_index(b, b.slice(data, [0], [top], [0], name=name), size, name)
         return b.op("Gather", [table, index], {"axis": 0}, name=name)
 

@@ -57,7 +57,9 @@ def emit_nbits(
             f"{name}: found bits={bits}, block_size={block_size}; expected 2, 4 or 8 and a power of two from 16 on"
         )
     if bits < nbits_for(p):
-        raise ValueError(f"{name}: found levels {p.levels} for fields of {bits} bits; use {nbits_for(p)} bits")
+        raise ValueError(
+            f"{name}: found levels {p.levels} for fields of {bits} bits; use {nbits_for(p)} bits"
+        )
     return _emit_fields(b, p, name, bits, block_size), _emit_block_scales(b, p, name, block_size)
 
 
@@ -96,12 +98,18 @@ def _join_fields(b: GraphBuilder, codes: ir.Value, shape: tuple[int, int], bits:
     if per == 1:
         return codes
     parts = b.ops(
-        "Split", [b.reshape(codes, [*shape, per], name=node), b.ints([1] * per)], {"axis": 2}, outputs=per, name=node
+        "Split",
+        [b.reshape(codes, [*shape, per], name=node), b.ints([1] * per)],
+        {"axis": 2},
+        outputs=per,
+        name=node,
     )
     total = parts[0]
     for i in range(1, per):
         amount = b.constant(np.array(i * bits, np.uint8), "shift")
-        total = add(b, total, b.op("BitShift", [parts[i], amount], {"direction": "LEFT"}, name=node), UINT8, node)
+        total = add(
+            b, total, b.op("BitShift", [parts[i], amount], {"direction": "LEFT"}, name=node), UINT8, node
+        )
     return b.reshape(total, shape, name=node)
 
 

@@ -110,7 +110,9 @@ class NMMask:
         # Column 0 is the zero, so a rank of 0 reads it: broadcast one zero a group through the padding of Pad.
         pads = b.ints([0, 1, 0, 0])
         values = b.op("Pad", [values, pads, b.constant(zero.reshape(()), "zero")], name=name)
-        spread = b.op("GatherElements", [values, self._emit_ranks(b, data, groups, name)], {"axis": 1}, name=name)
+        spread = b.op(
+            "GatherElements", [values, self._emit_ranks(b, data, groups, name)], {"axis": 1}, name=name
+        )
         width = -(-columns // self.m) * self.m
         whole = b.reshape(spread, [rows, width], name=name)
         return whole if width == columns else b.slice(whole, [0], [columns], [1], name=name)
@@ -149,7 +151,9 @@ class NMMask:
             return b.cast(ranks, ir.DataType.INT32, name=name)
         number = self._emit_numbers(b, data, groups, name)
         if not self._compact:
-            return b.cast(self._pick(b, _rank_table(self.n, self.m), number, name), ir.DataType.INT32, name=name)
+            return b.cast(
+                self._pick(b, _rank_table(self.n, self.m), number, name), ir.DataType.INT32, name=name
+            )
         masks = pack_plane((_rank_table(self.n, self.m) > 0).astype(np.uint8), 1)
         bits = lookup(b, BITS_OF_BYTE, self._pick(b, masks, number, name), name)
         bits = b.reshape(bits, [groups, masks.shape[1] * 8], name=name)

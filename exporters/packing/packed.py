@@ -179,7 +179,9 @@ def row_shape(groups: Groups, shape: tuple[int, ...]) -> tuple[int, int]:
     if not shape:
         return 1, 1
     axis = len(shape) - 1 if groups.kind == "token" else groups.axis % len(shape)
-    length = int(np.prod(shape, dtype=np.int64)) // shape[axis] if shape[axis] else _product_without(shape, axis)
+    length = (
+        int(np.prod(shape, dtype=np.int64)) // shape[axis] if shape[axis] else _product_without(shape, axis)
+    )
     if groups.kind == "token":
         return _product_without(shape, axis), shape[axis]
     return shape[axis], length
