@@ -5,7 +5,7 @@ TABLE
 
 from .embedding import emit_gather_rows
 from .emit import emit_codes, emit_float, emit_scale, emit_zero_point
-from .nbits import emit_nbits, nbits_for
+from .nbits import emit_nbits, nbits_for, nbits_shift
 from .packed import PackedWeight, pack, unpack
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "emit_scale",
     "emit_zero_point",
     "nbits_for",
+    "nbits_shift",
     "pack",
     "unpack",
 ]

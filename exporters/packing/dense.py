@@ -77,10 +77,10 @@ class Bits:
     def emit_fields(self, b: GraphBuilder, data: ir.Value, count: int, name: str, bits: int) -> ir.Value:
         """(lead, size) -> (lead, count * bits / 8) bytes of fields of `bits`, as MatMulNBits reads them.
 
-        Affine codes are stored as they are, linear levels with 2^(bits-1) added. Bytes go to bytes through one table a
+        Linear levels get 2^(bits-1) added, affine codes so much that their middle is there. Bytes go to bytes through one table a
         plane and codes are never spread out: the cheapest form at load time. Needs whole bytes (count * bits % 8 == 0).
         """
-        shift = 2 ** (bits - 1) if self.offset else 0
+        shift = 2 ** (bits - 1) - (0 if self.offset else 2 ** (self.bits - 1))
         if self.bits == bits and self.offset + shift == 0 and self.size(count) * 8 == count * bits:
             return data
         # The first plane brings the offset; later planes add where it has room, so no field carries into the next.

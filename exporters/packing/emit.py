@@ -104,13 +104,19 @@ def emit_rows(b: GraphBuilder, p: PackedWeight, name: str, target: Target) -> ir
         data = b.initializer(f"{name}.packed", p.arrays["packed"])
         levels = p.stream.emit(b, data, p.numel // p.lead, node, target)
         return levels if p.lead == rows else b.reshape(levels, [rows, columns], name=node)
+    kept, mask = emit_kept(b, p, name, target)
+    return p.mask.emit(b, mask, kept, target.scalar(), (rows, columns), node)
+
+
+def emit_kept(b: GraphBuilder, p: PackedWeight, name: str, target: Target) -> tuple[ir.Value | None, ir.Value]:
+    """Of a sparse format: the kept levels in the form `target`, 1-D (None if there are none), and the mask's bytes."""
+    assert p.mask is not None
     kept: ir.Value | None = None
     if "packed" in p.arrays:
-        count = p.mask.count(rows, columns)
+        count, node = p.mask.count(*p.rows), f"{name}.unpack"
         kept = p.stream.emit(b, b.initializer(f"{name}.packed", p.arrays["packed"]), count, node, target)
         kept = b.reshape(kept, [count], name=node)
-    mask = b.initializer(f"{name}.mask", p.arrays["mask"])
-    return p.mask.emit(b, mask, kept, target.scalar(), (rows, columns), node)
+    return kept, b.initializer(f"{name}.mask", p.arrays["mask"])
 
 
 def to_shape(b: GraphBuilder, p: PackedWeight, value: ir.Value, name: str, flat: bool = True) -> ir.Value:

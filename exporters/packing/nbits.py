@@ -13,12 +13,14 @@ import onnx_ir as ir
 from qgraph.exporters.lowering.builder import GraphBuilder
 
 from .dense import Bits
-from .emit import emit_rows, emit_scale, group_runs, spread_groups
+from .emit import emit_kept, emit_rows, emit_scale, group_runs, spread_groups
+from .nm import NMMask
 from .packed import PackedWeight
 from .streams import Target, add
 from .ternary import Ternary
 
 FIELDS = (2, 4, 8)
+UINT8 = np.dtype(np.uint8)
 
 
 def nbits_for(p: PackedWeight) -> int:
@@ -30,14 +32,23 @@ def nbits_for(p: PackedWeight) -> int:
     raise ValueError(f"levels {low}..{high} do not fit 8 bits")
 
 
+def nbits_shift(p: PackedWeight, bits: int) -> int:
+    """What is added to a level to make the field that MatMulNBits reads."""
+    if p.levels[0] < 0:
+        return 2 ** (bits - 1)
+    own = int(p.spec.bits) if p.spec is not None else bits
+    return 2 ** (bits - 1) - 2 ** (own - 1)
+
+
 def emit_nbits(
     b: GraphBuilder, p: PackedWeight, name: str, bits: int, block_size: int
 ) -> tuple[ir.Value, ir.Value]:
     """B and scales of MatMulNBits for the weight seen as (N, K), N its output channels.
 
-    The kernel computes `y = sum of s * (B - 2^(bits-1)) * x` when it is given no zero points. Linear levels l are stored
-    as `l + 2^(bits-1)`, so that is the weight and nothing has to be corrected. Affine codes q are stored as they are:
-    the weight is `s * (q - z)`, so the caller adds, per block, `s * (2^(bits-1) - z)` times the block's sum of x.
+    The kernel computes `y = sum of s * (B - 2^(bits-1)) * x` when it is given no zero points. Levels l are stored as
+    `l + nbits_shift(p, bits)`. For linear ones that is the weight and nothing has to be corrected. Affine codes q are
+    stored around the middle, `q - c` with `c = 2^(b-1)`, b their own width, so that what is left to correct is small: the weight is
+    `s * (q - z)`, so the caller adds, per block, `s * (c - z)` times the block's sum of x.
 
     Parameters
     ----------
@@ -75,9 +86,17 @@ def _emit_fields(b: GraphBuilder, p: PackedWeight, name: str, bits: int, block_s
         if p.lead != rows:
             fields = b.reshape(fields, [rows, have], name=node)
         fields = _pad_columns(b, fields, bytes_a_row - have, node)
+    elif isinstance(p.mask, NMMask) and p.mask.has_fields(bits) and columns * bits % 8 == 0:
+        kept, mask = emit_kept(b, p, name, Target(UINT8, 2 ** (bits - 1)))
+        assert kept is not None
+        fields = p.mask.emit_fields(b, mask, kept, (rows, columns), node, bits)
+        have = columns * bits // 8
+        if columns % p.mask.m:
+            fields = b.slice(fields, [0], [have], [1], name=node)
+        fields = _pad_columns(b, fields, bytes_a_row - have, node)
     else:
         shift = 2 ** (bits - 1) if p.levels[0] < 0 else 0
-        codes = emit_rows(b, p, name, Target(np.dtype(np.uint8), shift))
+        codes = emit_rows(b, p, name, Target(UINT8, shift))
         codes = _pad_columns(b, codes, blocks * block_size - columns, node)
         fields = _join_fields(b, codes, (rows, bytes_a_row), bits, node)
     return b.reshape(fields, [rows, blocks, block_size * bits // 8], name=node)
@@ -111,9 +130,6 @@ def _join_fields(b: GraphBuilder, codes: ir.Value, shape: tuple[int, int], bits:
             b, total, b.op("BitShift", [parts[i], amount], {"direction": "LEFT"}, name=node), UINT8, node
         )
     return b.reshape(total, shape, name=node)
-
-
-UINT8 = np.dtype(np.uint8)
 
 
 def _pad_columns(b: GraphBuilder, value: ir.Value, missing: int, node: str) -> ir.Value:

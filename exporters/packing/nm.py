@@ -18,7 +18,7 @@ from qgraph.exporters.lowering.builder import GraphBuilder
 
 from .dense import Bits, pack_plane
 from .masks import BITS_OF_BYTE, FREE, ranks_in_rows
-from .streams import Target, lookup, padded
+from .streams import Target, add, lookup, padded
 
 MAX_PATTERNS = 1 << 16
 SMALL_TABLE = 4096  # bytes; beyond it a table counts against the format and is stored as bit masks
@@ -117,6 +117,30 @@ class NMMask:
         whole = b.reshape(spread, [rows, width], name=name)
         return whole if width == columns else b.slice(whole, [0], [columns], [1], name=name)
 
+    def has_fields(self, bits: int) -> bool:
+        """Whether `emit_fields` can do it: a group fills whole bytes, and its patterns have a plain table."""
+        return bits < 8 and self.m * bits % 8 == 0 and not self._compact
+
+    def emit_fields(
+        self, b: GraphBuilder, data: ir.Value, kept: ir.Value, shape: tuple[int, int], name: str, bits: int
+    ) -> ir.Value:
+        """MatMulNBits' bytes (rows, whole groups * m * bits / 8), of fields that hold `level + 2^(bits-1)`.
+
+        Per pattern, one table has the pruned fields, and one for each kept value has a 1 in its field; times the
+        value, added up. Nothing is ever as large as a byte a weight.
+        """
+        rows, columns = shape
+        groups = self._groups(rows, columns)
+        ranks = _rank_table(self.n, self.m)
+        tables = [pack_plane((ranks == 0).astype(np.uint8) << (bits - 1), bits)]
+        tables += [pack_plane((ranks == j + 1).astype(np.uint8), bits) for j in range(self.n)]
+        total, *ones = self._emit_patterns(b, data, groups, tables, name)
+        values = b.reshape(kept, [groups, self.n], name=name)
+        for j, one in enumerate(ones):
+            value = values if self.n == 1 else b.slice(values, [j], [j + 1], [1], name=name)
+            total = add(b, total, b.op("Mul", [one, value], name=name), UINT8.dtype, name)
+        return b.reshape(total, [rows, groups // max(1, rows) * self.m * bits // 8], name=name)
+
     @property
     def _compact(self) -> bool:
         return comb(self.m, self.n) * self.m > SMALL_TABLE
@@ -141,25 +165,36 @@ class NMMask:
 
     def _emit_ranks(self, b: GraphBuilder, data: ir.Value, groups: int, name: str) -> ir.Value:
         """int32 (groups, m): 0 where pruned, else the rank of the kept value in its group, from 1."""
-        if self.per_byte:
-            patterns = comb(self.m, self.n)
-            digits = _digits(np.arange(patterns**self.per_byte), patterns, self.per_byte)
-            table = _rank_table(self.n, self.m)[digits].reshape(len(digits), self.per_byte * self.m)
-            ranks = b.reshape(lookup(b, table, data, name), [-1, self.m], name=name)
-            if groups % self.per_byte:
-                ranks = b.slice(ranks, [0], [groups], [0], name=name)
-            return b.cast(ranks, ir.DataType.INT32, name=name)
-        number = self._emit_numbers(b, data, groups, name)
+        ranks = _rank_table(self.n, self.m)
         if not self._compact:
-            return b.cast(
-                self._pick(b, _rank_table(self.n, self.m), number, name), ir.DataType.INT32, name=name
-            )
-        masks = pack_plane((_rank_table(self.n, self.m) > 0).astype(np.uint8), 1)
-        bits = lookup(b, BITS_OF_BYTE, self._pick(b, masks, number, name), name)
-        bits = b.reshape(bits, [groups, masks.shape[1] * 8], name=name)
+            (found,) = self._emit_patterns(b, data, groups, [ranks], name)
+            return b.cast(found, ir.DataType.INT32, name=name)
+        masks = pack_plane((ranks > 0).astype(np.uint8), 1)
+        (found,) = self._emit_patterns(b, data, groups, [masks], name)
+        bits = b.reshape(lookup(b, BITS_OF_BYTE, found, name), [groups, masks.shape[1] * 8], name=name)
         if self.m % 8:
             bits = b.slice(bits, [0], [self.m], [1], name=name)
         return ranks_in_rows(b, bits, name)
+
+    def _emit_patterns(
+        self, b: GraphBuilder, data: ir.Value, groups: int, tables: list[np.ndarray], name: str
+    ) -> list[ir.Value]:
+        """For each table (patterns, width): its row for the pattern of every group, (groups, width)."""
+        if not self.per_byte:
+            index = self._emit_numbers(b, data, groups, name)
+            return [lookup(b, table, index, name, cast=False) for table in tables]
+        index = b.cast(data, ir.DataType.INT32, name=name)
+        patterns = comb(self.m, self.n)
+        digits = _digits(np.arange(patterns**self.per_byte), patterns, self.per_byte)
+        results = []
+        for table in tables:
+            joint = table[digits].reshape(len(digits), -1)
+            values = lookup(b, joint, index, name, cast=False)
+            values = b.reshape(values, [-1, table.shape[1]], name=name)
+            if groups % self.per_byte:
+                values = b.slice(values, [0], [groups], [0], name=name)
+            results.append(values)
+        return results
 
     def _emit_numbers(self, b: GraphBuilder, data: ir.Value, groups: int, name: str) -> ir.Value:
         total: ir.Value | None = None
@@ -175,9 +210,6 @@ class NMMask:
             start = end
         assert total is not None
         return b.reshape(total, [groups], name=name)
-
-    def _pick(self, b: GraphBuilder, table: np.ndarray, number: ir.Value, name: str) -> ir.Value:
-        return b.op("Gather", [b.constant(table, "lut"), number], {"axis": 0}, name=name)
 
 
 def _best_per_byte(groups: int, patterns: int) -> int:

@@ -69,10 +69,11 @@ def padded(array: np.ndarray, multiple: int, axis: int = -1, value: int = 0) -> 
     return np.pad(array, widths, constant_values=value)
 
 
-def lookup(b: GraphBuilder, table: np.ndarray, index: ir.Value, name: str) -> ir.Value:
-    """`table[index]` along axis 0; the table is shared between layers. int32 indices: half the memory of int64."""
-    values = b.constant(table, "lut")
-    return b.op("Gather", [values, b.cast(index, ir.DataType.INT32, name=name)], {"axis": 0}, name=name)
+def lookup(b: GraphBuilder, table: np.ndarray, index: ir.Value, name: str, *, cast: bool = True) -> ir.Value:
+    """`table[index]` along axis 0; the table is shared between layers, the index made int32 (half of int64)."""
+    if cast:
+        index = b.cast(index, ir.DataType.INT32, name=name)
+    return b.op("Gather", [b.constant(table, "lut"), index], {"axis": 0}, name=name)
 
 
 def flatten_rows(b: GraphBuilder, value: ir.Value, length: int, name: str) -> ir.Value:
