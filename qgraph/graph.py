@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,23 @@ class Shared:
     strict: bool = False
     model_name: str = ""
     notes: list[Any] = field(default_factory=list)
+    off: list[str | None] = field(
+        default_factory=list
+    )  # globs of the sites that `disabled` holds off now; None: all
+
+    def is_off(self, site: str) -> bool:
+        """Whether a quantizer made now for this site starts switched off."""
+        return any(match is None or matches_site(site, match) for match in self.off)
 
     def canonical_name(self, module_path: str, relative: str) -> str:
         name = f"{module_path}.{relative}" if module_path else relative
         return self.canonical.get(name, name)
+
+
+def matches_site(site: str, match: str) -> bool:
+    """Whether a glob names a site, or a module that holds it."""
+    parts = site.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), match) for i in range(len(parts)))
 
 
 # -- the sites of one graph --------------------------------------------------------------------------------------------
@@ -212,8 +226,8 @@ def sites(model: nn.Module) -> list[SiteRecord]:
                     where = found.node.meta.get("where", "")
                     record = _record(owner, found.site, placed, shape, where, True)
                     records.setdefault((path, placed.site, record.op), record)
-        for site, where, shape in state.python_sites.values():
-            for placed in site.weights:
+        for site, where, shapes in state.python_sites.values():
+            for placed, shape in zip(site.weights, shapes, strict=True):
                 record = _record(owner, site, placed, shape, where, False)
                 records.setdefault((path, placed.site, record.op), record)
     return list(records.values())

@@ -112,6 +112,7 @@ class Owner:
         found = self.shared.quantizers.get(site)
         if found is None or not fits(found):
             found = make()
+            found.enabled = not self.shared.is_off(found.site)
             self.shared.quantizers.setdefault(site, found)
         container[name] = found
         return found

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from qgraph.capture.driver import capture, install_all
 from qgraph.config import QConfig
 from qgraph.errors import CaptureError, ConfigError, QGraphError
-from qgraph.graph import Shared, coverage, is_prepared, quantizer_modules, sites
+from qgraph.graph import STATE, Shared, coverage, is_prepared, matches_site, quantizer_modules, sites
 from qgraph.passes import default_pipeline
 from qgraph.passes.quantize_standard_layers import place_in_standard_layers
 
@@ -131,34 +130,34 @@ def disabled(prepared: nn.Module, match: str | None = None) -> Iterator[nn.Modul
     >>> with qgraph.disabled(prepared):
     ...     float_output = prepared(x)
     """
-    chosen = [(module, module.enabled) for module in _matching(prepared, match)]
+    before = {id(module): module.enabled for module in _matching(prepared, match)}
+    off = prepared.__dict__[STATE].shared.off
+    off.append(match)
     try:
-        for module, _ in chosen:
-            module.enabled = False
+        _switch(prepared, match, lambda module: False)
         yield prepared
     finally:
-        for module, enabled in chosen:
-            module.enabled = enabled
+        off.remove(match)
+        _switch(prepared, match, lambda module: before.get(id(module), True))
 
 
 def set_enabled(prepared: nn.Module, flag: bool, match: str | None = None) -> None:
     """Switch quantizers and sparsifiers on or off for good: all, or those whose site matches the glob."""
+    _switch(prepared, match, lambda module: flag)
+
+
+def _switch(prepared: nn.Module, match: str | None, value: Callable[[Any], bool]) -> None:
     for module in _matching(prepared, match):
-        module.enabled = flag
+        module.enabled = value(module)
 
 
 def _matching(prepared: nn.Module, match: str | None) -> list[Any]:
     if not is_prepared(prepared):
         raise CaptureError(f"{type(prepared).__name__} is not prepared: call qgraph.prepare on it first.")
-    found = [m for m in quantizer_modules(prepared) if match is None or _fits(m.site, match)]
+    found = [m for m in quantizer_modules(prepared) if match is None or matches_site(m.site, match)]
     if match is not None and not found:
         raise ConfigError(f"no quantizer's site matches {match!r}; qgraph.inspect(model).layers lists them.")
     return found
-
-
-def _fits(site: str, match: str) -> bool:
-    parts = site.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), match) for i in range(len(parts)))
 
 
 __all__ = ["as_arguments", "disabled", "prepare", "set_enabled"]

@@ -206,6 +206,6 @@ _TABLE: dict[str, Callable[..., SiteCall | None]] = {
     "__rmatmul__": _reflected_matmul,
     **{name: _matmul(1, ("mat1", "mat2")) for name in ("addmm", "baddbmm", "addmv", "addbmm")},
     "einsum": _einsum,
-    **{name: _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **{f"{name}_cell": _cell for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
 }

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from qgraph.capture.source import locate
 from qgraph.capture.state import find_attribute
-from qgraph.capture.structure import Step, Unsupported, is_namedtuple, parts, rebuild, walk
+from qgraph.capture.structure import Step, Unsupported, is_namedtuple, parts, walk
 from qgraph.capture.values import Leaf, emit, is_traced, traced
 
 if TYPE_CHECKING:
@@ -169,11 +169,11 @@ class Values:
                 raise Unsupported("a dict whose keys are not strings")
             return {key: self.argument(item) for key, item in value.items()}
         if is_namedtuple(value):
-            fields = {name: self.argument(getattr(value, name)) for name in kind._fields}
-            return self._graph.call_function(rebuild, (kind, fields))
+            return self._graph.call_function(kind, tuple(self.argument(item) for item in value))
         if kind is OrderedDict:
-            pairs = [(key, self.argument(item)) for key, item in value.items()]
-            return self._graph.call_function(rebuild, (kind, pairs))
+            return self._graph.call_function(
+                kind, ([(key, self.argument(item)) for key, item in value.items()],)
+            )
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return self._dataclass(value)
         if isinstance(value, type) or _importable(value):
@@ -187,7 +187,7 @@ class Values:
         if isinstance(value, dict):  # a transformers ModelOutput: None means "not there"
             fields = {name: item for name, item in fields.items() if item is not None}
         arguments = {name: self.argument(item) for name, item in fields.items()}
-        return self._graph.call_function(rebuild, (type(value), arguments))
+        return self._graph.call_function(type(value), (), arguments)
 
     # -- tensors that belong to modules ------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def node_target(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[st
     """How a graph calls it: methods by name, infix operators as such, everything else as a function."""
     name = name_of(function)
     if getattr(function, "__name__", "") == "__set__":
-        return "call_function", _Setter(name)
+        return "call_function", Setter(name)
     is_method = (
         getattr(Tensor, name, None) is function or getattr(torch._C.TensorBase, name, None) is function
     )
@@ -82,7 +82,20 @@ def node_target(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[st
     return "call_method", name
 
 
-class _Setter:
+class Apply:
+    """The `apply` of a torch.autograd.Function as a function of a graph."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.__name__ = f"{function.__name__}_apply"
+        self.__module__ = __name__
+        self.__qualname__ = self.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
+
+
+class Setter:
     """``tensor.name = value`` as a function of a graph."""
 
     def __init__(self, name: str) -> None:

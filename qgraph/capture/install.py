@@ -138,9 +138,7 @@ def run_python(module: nn.Module, state: ModuleState, forward: Any, args: Any, k
         return _run_quantized(module, state, forward, args, kwargs)
     with capturing(quantize=True) as session:
         session._announced = module
-        result = session.enter(module, forward, args, kwargs)
-    session.rewrite()
-    return result
+        return session.enter(module, forward, args, kwargs)
 
 
 def _run_quantized(module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any) -> Any:

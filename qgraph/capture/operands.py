@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qgraph.capture.source import locate
 from qgraph.capture.state import ModuleState, find_attribute
 from qgraph.capture.structure import walk
-from qgraph.placement import Site, place
+from qgraph.placement import Placed, Site, place
 from qgraph.sites import CONSTANT, DATA, Source, combine, site_call, swaps_last_two
 
 
@@ -22,7 +22,7 @@ class OperandTracker:
     def __init__(self, module: nn.Module, state: ModuleState) -> None:
         self.module = module
         self.owner = state.owner(module)
-        self.sites: list[tuple[Site, str, tuple[int, ...]]] = []
+        self.sites: list[tuple[Site, str, list[Tensor]]] = []
         self._sources: dict[int, tuple[Tensor, Source]] = {}
         self._ordinals: dict[str, list[Tensor]] = {}
 
@@ -83,8 +83,7 @@ class OperandTracker:
         site = place(call, sources, self.owner, lambda key, i: self._ordinal(key, values[i]))
         if site is None:
             return args, kwargs
-        shape = tuple(site.weights[0].operand.get(args, kwargs).shape)
-        self.sites.append((site, locate()[0], shape))
+        self.sites.append((site, locate()[0], [p.operand.get(args, kwargs) for p in site.weights]))
         if not quantize:
             return args, kwargs
         for placed in site.weights:
@@ -96,17 +95,30 @@ class OperandTracker:
                 args, kwargs = placed.operand.put(args, kwargs, quantizer(x))
         return args, kwargs
 
-    def _quantized_weight(self, placed: Any, weight: Tensor) -> Tensor:
-        # The groups are those of the parameter, so a weight used transposed is turned back for its quantizer.
-        turned = placed.source.transposed
-        dense = weight.transpose(-1, -2) if turned else weight
-        sparsifier, quantizer = self.owner.weight(placed, lambda: dense)
+    def place_all(self) -> None:
+        """Make the quantizers of every site met, so that a forward that stays Python has all its state at once."""
+        for site, _, weights in self.sites:
+            for placed, weight in zip(site.weights, weights, strict=True):
+                self._weight_modules(placed, weight)
+            for placed in site.inputs:
+                self.owner.activation(placed, site.call)
+
+    def _weight_modules(self, placed: Placed, weight: Tensor) -> tuple[Any, Any, Tensor]:
+        """Sparsifier and quantizer of a weight, and the weight as they take it.
+
+        The groups are those of the parameter, so a weight used transposed is turned back for its quantizer.
+        """
+        dense = weight.transpose(-1, -2) if placed.source.transposed else weight
+        return (*self.owner.weight(placed, lambda: dense), dense)
+
+    def _quantized_weight(self, placed: Placed, weight: Tensor) -> Tensor:
+        sparsifier, quantizer, dense = self._weight_modules(placed, weight)
         result = dense
         if sparsifier is not None:
             result = sparsifier(result)
         if quantizer is not None:
             result = quantizer(result, dense) if sparsifier is not None else quantizer(result)
-        return result.transpose(-1, -2) if turned else result
+        return result.transpose(-1, -2) if placed.source.transposed else result
 
     def _ordinal(self, key: str, tensor: Tensor) -> int:
         met = self._ordinals.setdefault(key, [])

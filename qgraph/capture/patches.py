@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qgraph.capture.calls import Apply
+
 _lock = threading.Lock()
 _users = 0
 _originals: dict[tuple[type, str], Any] = {}
@@ -57,7 +59,7 @@ def _install(current: Callable[[], Any]) -> None:
         original = apply.__get__(None, function)
         if session is None:
             return original(*args, **kwargs)
-        return session.call_leaf(function.apply, original, args, kwargs)
+        return session.call_leaf(Apply(function), original, args, kwargs)
 
     def enter_autocast(context: torch.autocast) -> Any:
         session = current()

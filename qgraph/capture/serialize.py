@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.capture.calls import _Setter
+from qgraph.capture.calls import Apply, Setter
 
 _NAMESPACES = (
     "torch",
@@ -82,11 +82,10 @@ def _dump_target(target: Any) -> Any:
     """Builtins of torch do not pickle by themselves: name the namespace where they are found."""
     if isinstance(target, str):
         return target
-    if isinstance(target, _Setter):
+    if isinstance(target, Setter):
         return ("set", target.name)
-    owner = getattr(target, "__self__", None)
-    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
-        return ("apply", owner)
+    if isinstance(target, Apply):
+        return ("apply", target.function)
     if isinstance(target, torch._ops.OpOverload):
         return ("op", target._name, target._overloadname)
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -103,9 +102,9 @@ def _load_target(target: Any) -> Any:
         return target
     kind = target[0]
     if kind == "set":
-        return _Setter(target[1])
+        return Setter(target[1])
     if kind == "apply":
-        return target[1].apply
+        return Apply(target[1])
     if kind == "op":
         namespace, name = target[1].split("::")
         packet = getattr(getattr(torch.ops, namespace), name.split(".")[0])

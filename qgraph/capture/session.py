@@ -188,9 +188,13 @@ class Session:
                 )
                 state.variants.append(variant)
                 self.new.append((recorder.module, variant))
+                if self.quantize:  # a second call in this very run must meet the rewritten graph
+                    self.rewrite()
                 return
-            for site, where, shape in recorder.operands.sites:
-                state.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, shape))
+            recorder.operands.place_all()
+            for site, where, weights in recorder.operands.sites:
+                shapes = [tuple(weight.shape) for weight in weights]
+                state.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, shapes))
             training = bool(attributes["training"])
             if given is not None and state.known_opaque(names, given, training) is None:
                 reason = recorder.reason or ""

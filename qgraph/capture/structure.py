@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,12 +120,3 @@ def same(old: Any, new: Any) -> bool:
         return True
     scalar = (bool, int, float, str, bytes, tuple)
     return type(old) is type(new) and isinstance(old, scalar) and not parts(old) and old == new
-
-
-def rebuild(kind: type, items: Any) -> Any:
-    """Make a container of `kind` from its parts, in a graph: tuples from sequences, the rest from mappings."""
-    if kind is OrderedDict:
-        return OrderedDict(items)
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return kind(*items.values())
-    return kind(**items)

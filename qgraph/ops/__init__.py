@@ -68,7 +68,6 @@ def fake_quantize(
         there, back, moved = order
         aligned = None if dense is None else dense.permute(there)
         return fake_quantize(x.permute(there), spec, moved, dense=aligned, step=step).permute(back)
-    _ = spec.bits, spec.lam, spec.scheme, spec.levels
     pieces = groups.pieces(x)
     if spec.method == "ddt":
         if dense is None:

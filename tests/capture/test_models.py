@@ -1,0 +1,108 @@
+"""Every model of `tests.models`: float parity bit for bit with the quantizers off, and quantized with them on."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import qgraph
+from qgraph.graph import coverage, sites
+from tests.models import CASES, Result
+
+
+def leaves(value):
+    if isinstance(value, Result):
+        value = [value.logits, value.parts, value.note]
+    return tree_leaves(value)
+
+
+def run(model, inputs, training, **kwargs):
+    """Output leaves and gradients of one forward and backward from the same random state."""
+    model.train(training)
+    model.zero_grad()
+    torch.manual_seed(7)
+    inputs = tree_map_only(torch.Tensor, lambda t: t.clone(), inputs)
+    out = [x for x in leaves(model(*inputs, **kwargs))]
+    tensors = [x for x in out if isinstance(x, torch.Tensor) and x.requires_grad]
+    sum((t.float() ** 2).sum() for t in tensors).backward()
+    return out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(a, b):
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def make(name):
+    torch.manual_seed(0)
+    case = CASES[name]
+    return case, case.make(), case.inputs(0), case.inputs(1)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("example", [True, False], ids=["example", "lazy"])
+def test_with_quantizers_off_outputs_and_gradients_are_bit_for_bit_those_of_the_original(name, example):
+    case, model, first, second = make(name)
+    prepared = qgraph.prepare(model, "A8W4", first if example else None)
+    names = [n for n, _ in model.named_parameters()]
+    for inputs in (first, second, first):
+        for training in (False, True):
+            with qgraph.disabled(prepared):
+                out, grads = run(prepared, inputs, training)
+            expected, expected_grads = run(copy.deepcopy(model), inputs, training)
+            assert len(out) == len(expected) and all(same(a, b) for a, b in zip(out, expected, strict=True))
+            assert set(grads) == set(expected_grads)
+            assert all(torch.equal(grads[n], expected_grads[n]) for n in names if n in grads)
+            model.load_state_dict(prepared.state_dict())  # batch norm statistics went on
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_quantizers_on_every_site_is_quantized_and_gradients_are_finite(name):
+    case, model, first, second = make(name)
+    prepared = qgraph.prepare(model, "A4W2", first)
+    found = coverage(prepared)
+    assert found.graphs > 0
+    assert bool([o for o in found.opaque]) == case.opaque, found.opaque
+    assert found.sites == found.sites_quantized > 0
+    for inputs in (first, second):
+        expected, expected_grads = run(copy.deepcopy(model), inputs, True)
+        out, grads = run(prepared, inputs, True)
+        assert not all(same(a, b) for a, b in zip(out, expected, strict=True))
+        assert set(expected_grads) <= set(grads)
+        assert all(torch.isfinite(g).all() for g in grads.values())
+    if not case.opaque and name not in ("self_named",):
+        assert coverage(prepared).guard_misses == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lazy_capture_computes_what_an_early_one_does(name):
+    case, model, first, second = make(name)
+    early, late = qgraph.prepare(model, "A4W2", first), qgraph.prepare(model, "A4W2")
+    for inputs in (first, second, first):
+        for training in (False, True):
+            a, ga = run(early, inputs, training)
+            b, gb = run(late, inputs, training)
+            assert all(same(x, y) for x, y in zip(a, b, strict=True))
+            assert all(torch.equal(ga[n], gb[n]) for n in ga)
+    assert {s.name for s in sites(early)} == {s.name for s in sites(late)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_keys_class_deepcopy_and_pickle(name):
+    case, model, first, second = make(name)
+    prepared = qgraph.prepare(model, "A4W2", first)
+    assert isinstance(prepared, type(model)) and type(prepared).__name__ == type(model).__name__
+    assert list(prepared.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in prepared.named_parameters()] == [n for n, _ in model.named_parameters()]
+    expected, _ = run(prepared, first, False)
+    others = [copy.deepcopy(prepared)]
+    if name != "parametrized":  # torch does not pickle those either
+        others.append(pickle.loads(pickle.dumps(prepared)))
+    for other in others:
+        out, _ = run(other, first, False)
+        assert all(same(a, b) for a, b in zip(out, expected, strict=True))
+        other.load_state_dict({k: torch.zeros_like(v) for k, v in model.state_dict().items()})
+        assert all(same(a, b) for a, b in zip(run(prepared, first, False)[0], expected, strict=True))
