@@ -1,7 +1,7 @@
 """Which input dimensions are dynamic, and a second example that shows whether they really are.
 
-Left to choose, the exporter tries batch and sequence, then batch, then nothing; a size is dynamic only if the torch
-model itself runs with another one.
+Left to choose, the exporter tries batch and sequence, then batch, then nothing; a size is dynamic only if
+the torch model itself runs with another one.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def given_plan(inputs: FlatInputs, dynamic_shapes: Any, run: Run) -> ShapePlan:
         entries = list(dynamic_shapes)
         if len(entries) > len(names):
             raise ExportError(
-                f"dynamic_shapes: found {len(entries)} entries; expected at most {len(names)}, one per argument "
+                f"dynamic_shapes: found {len(entries)} entries; expected at most {len(names)}, one per "
+                "argument "
                 f"({names}); give a dict from argument name to {{dimension: name}}"
             )
         tree = dict(zip(names, entries, strict=False))
@@ -112,7 +113,8 @@ def given_plan(inputs: FlatInputs, dynamic_shapes: Any, run: Run) -> ShapePlan:
     plan = runnable(tuple(dims), inputs.tensors, run, **limits)
     if plan is None:
         raise ExportError(
-            f"dynamic_shapes: the model itself runs with no other size of {sorted({n for d in dims for n in d.values()})}; "
+            "dynamic_shapes: the model itself runs with no other size of "
+            f"{sorted({n for d in dims for n in d.values()})}; "
             "expected sizes that it takes; name fewer dimensions, or give each Dim its min and max"
         )
     return plan
@@ -211,7 +213,8 @@ def _read_dims(spec: Any, path: str, limits: dict[str, Any], rank: int) -> Dims:
             continue
         if not isinstance(dim, int) or not -rank <= dim < rank:
             raise ExportError(
-                f"dynamic_shapes: {path}: found dimension {dim!r}; expected an int below its rank {rank}; correct it"
+                f"dynamic_shapes: {path}: found dimension {dim!r}; expected an int below its rank {rank}; "
+                "correct it"
             )
         if isinstance(label, str):
             name = label

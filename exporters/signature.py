@@ -1,7 +1,8 @@
 """Any model as a function of named tensors: what a file of plain tensor inputs and outputs needs.
 
-Dicts, sequences, dataclasses and mappings (such as a `ModelOutput`) are taken apart into named tensors on the way in
-and on the way out. What is no tensor stays a constant on the way in and is left out, and reported, on the way out.
+Dicts, sequences, dataclasses and mappings (such as a `ModelOutput`) are taken apart into named tensors on
+the way in and on the way out. What is no tensor stays a constant on the way in and is left out, and
+reported, on the way out.
 """
 
 from __future__ import annotations
@@ -216,7 +217,8 @@ def _positional_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ExportError(
-            f"export of {type(model).__name__}: the example inputs do not fit forward{signature}: {error}; pass "
+            f"export of {type(model).__name__}: the example inputs do not fit forward{signature}: {error}; "
+            "pass "
             f"example_inputs and example_kwargs as you call the model"
         ) from error
     names: list[str] = []

@@ -1,7 +1,8 @@
-"""From a model in its quantized, exporting form to an ONNX graph whose weights and activations are still our nodes.
+"""From a model in its quantized, exporting form to an ONNX graph whose weights and activations are still our
+nodes.
 
-The graph holds one `qgraph::Weight` node per quantized weight and one `qgraph::Activation` node per quantized activation, each with
-its site; `exporters.lowering` replaces them.
+The graph holds one `qgraph::Weight` node per quantized weight and one `qgraph::Activation` node per
+quantized activation, each with its site; `exporters.lowering` replaces them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -23,6 +25,7 @@ from onnxscript.values import Opset
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from qgraph import modules
 from qgraph.errors import ExportError
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.shapes import ShapePlan
@@ -54,7 +57,8 @@ def trace(
     Raises
     ------
     DataDependent, ExportError, Exception
-        The exporter's own error where it is none of ours: the caller decides whether to try fewer dynamic sizes.
+        The exporter's own error where it is none of ours: the caller decides whether to try fewer dynamic
+        sizes.
     """
     try:
         return _trace(flat, tensors, plan, opset, decompose_attention=False)
@@ -62,7 +66,8 @@ def trace(
         if not _attention_trouble(error):
             raise
         notes.append(
-            "scaled_dot_product_attention was written out as matmul and softmax: the exporter cannot take it whole"
+            "scaled_dot_product_attention was written out as matmul and softmax: the exporter cannot take "
+            "it whole"
         )
         return _trace(flat, tensors, plan, opset, decompose_attention=True)
 
@@ -101,16 +106,26 @@ def explain(error: BaseException, model_name: str) -> ExportError:
     text = str(_innermost(error, "GuardOnDataDependentSymNode") or error)
     where = user_line(error)
     at = f" at {where}" if where else ""
-    if any("DataDependent" in type(e).__name__ or "data-dependent" in str(e) for e in _chain(error)):
+    if is_data_dependent(error):
         return ExportError(
-            f"export of {model_name}{at}: the model branches or takes a size from the values of a tensor, found "
-            f"{_first_line(text)!r}; a file holds one fixed graph, so expected only decisions on shapes; write the branch with torch.where or "
-            "torch.cond, keep a static form (masks instead of selected rows), or leave that part out of what is exported"
+            f"export of {model_name}{at}: the model branches or takes a size from the values of a tensor, "
+            "found "
+            f"{_first_line(text)!r}; a file holds one fixed graph, so expected only decisions on shapes; "
+            "write the branch with torch.where or "
+            "torch.cond, keep a static form (masks instead of selected rows), or leave that part out of "
+            "what is exported"
         )
     return ExportError(
-        f"export of {model_name}{at}: torch.export or torch.onnx failed with {type(error).__name__}: {_first_line(text)}; expected a model "
-        "that torch.onnx.export(dynamo=True) takes; see the chained error, and try dynamic_shapes={} for a static file"
+        f"export of {model_name}{at}: torch.export or torch.onnx failed with {type(error).__name__}: "
+        f"{_first_line(text)}; expected a model "
+        "that torch.onnx.export(dynamo=True) takes; see the chained error, and try dynamic_shapes={} for a "
+        "static file"
     )
+
+
+def is_data_dependent(error: BaseException) -> bool:
+    """Whether a value of a tensor decided the path or a size; no choice of dynamic sizes helps then."""
+    return any("DataDependent" in type(e).__name__ or "data-dependent" in str(e) for e in _chain(error))
 
 
 def user_line(error: BaseException) -> str | None:
@@ -149,7 +164,8 @@ def plain_attention(
 ) -> Tensor:
     """scaled_dot_product_attention, written out.
 
-    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+    Source:
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
@@ -246,8 +262,5 @@ def _is_user_file(filename: str) -> bool:
 
 
 def _own_files() -> frozenset[str]:
-    import qgraph
-    from pathlib import Path
-
-    roots = {Path(__file__).resolve().parent, Path(qgraph.__file__).resolve().parent}
+    roots = {Path(__file__).resolve().parent, Path(modules.__file__).resolve().parent}
     return frozenset(str(file) for root in roots for file in root.rglob("*.py"))

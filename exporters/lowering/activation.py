@@ -1,8 +1,9 @@
-"""A quantized activation as core ONNX operators: scales computed from the values at hand, then rounded and dequantized.
+"""A quantized activation as core ONNX operators: scales computed from the values at hand, then rounded and
+dequantized.
 
-The nodes do what `qgraph.ops.fake_quantize` does, step by step, so that both differ by float rounding alone. What one group
-is comes from `grouping.py`; one small function per method and scheme follows, chosen by `RECIPES`. Below 8 bits this gains no
-speed in stock onnxruntime.
+The nodes do what `qgraph.ops.fake_quantize` does, step by step, so that both differ by float rounding alone.
+What one group is comes from `grouping.py`; one small function per method and scheme follows, chosen by
+`RECIPES`. Below 8 bits this gains no speed in stock onnxruntime.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def lower_activation(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: s
     step = None if form.step is None else form.step.detach().float().cpu().numpy()
     if step is not None and step.size != 1:
         raise ExportError(
-            f"{name}: found a learned step per group, shape {step.shape}; an activation is exported with one step a tensor; "
+            f"{name}: found a learned step per group, shape {step.shape}; an activation is exported with "
+            "one step a tensor; "
             "use granularity='tensor' for it"
         )
     recipe = RECIPES[spec.method, spec.scheme]
@@ -101,7 +103,9 @@ def lsq_linear(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | No
     return m.mul(_linear_round(m, m.div(x, scale), spec), scale)
 
 
-RECIPES: dict[tuple[str, str | None], Callable[[GroupMath, ir.Value, QuantSpec, np.ndarray | None], ir.Value]] = {
+RECIPES: dict[
+    tuple[str, str | None], Callable[[GroupMath, ir.Value, QuantSpec, np.ndarray | None], ir.Value]
+] = {
     ("ddt", "affine"): ddt_affine,
     ("ddt", "linear"): ddt_linear,
     ("ste", "affine"): ste_affine,
@@ -111,7 +115,9 @@ RECIPES: dict[tuple[str, str | None], Callable[[GroupMath, ir.Value, QuantSpec, 
 }
 
 
-def _affine_codes(m: GroupMath, x: ir.Value, spec: QuantSpec) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+def _affine_codes(
+    m: GroupMath, x: ir.Value, spec: QuantSpec
+) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
     low = m.min(x)
     scale = _nonzero(m, m.div(m.sub(m.max(x), low), m.scalar(spec.levels[1])))
     f = m.div(m.sub(x, low), scale)
@@ -164,7 +170,11 @@ def reference(x: np.ndarray, spec: QuantSpec, step: float | None = None) -> np.n
         scale = np.abs(x).mean() if spec.bits < 2 else np.abs(x).max() / spec.levels[1]
     scale = scale if scale >= TINY else 1.0
     f = (x - low) / scale
-    q = np.where(f >= 0, 1.0, -1.0) if (spec.bits, spec.scheme) == (1, "linear") else np.clip(np.round(f), *spec.levels)
+    q = (
+        np.where(f >= 0, 1.0, -1.0)
+        if (spec.bits, spec.scheme) == (1, "linear")
+        else np.clip(np.round(f), *spec.levels)
+    )
     if spec.method != "ddt":
         return low + scale * q
     centre_q, centre_x = (q.mean(), x.mean()) if spec.scheme == "affine" else (0.0, 0.0)

@@ -1,7 +1,8 @@
 """Replace the stand-in nodes of a traced graph by packed weights and by activation quantizers.
 
-`USES` is the table of what can be done at each use of a weight: the first form whose `match` returns a plan is emitted; a weight
-that none of them takes is unpacked to float once and feeds its operation as it is (`unpacked`).
+`USES` is the table of what can be done at each use of a weight: the first form whose `match` returns a plan
+is emitted; a weight that none of them takes is unpacked to float once and feeds its operation as it is
+(`unpacked`).
 """
 
 from __future__ import annotations
@@ -17,19 +18,17 @@ from qgraph.errors import ExportError
 from qgraph.exporters.lowering.activation import lower_activation
 from qgraph.exporters.lowering.builder import GraphBuilder
 from qgraph.exporters.lowering.linear import (
-    INT8,
-    Kernel,
     block_sums,
     choose_kernel,
     emit_kernel,
     has_zero_points,
-    kernel_quantizes,
 )
 from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
 from qgraph.modules import ActivationForm, Collected
 from qgraph.ops import Quantized
 
 DOMAIN = "qgraph"
+LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Concat", "Gather", "Cast", "Identity")
 
 
 @dataclass(slots=True)
@@ -46,15 +45,11 @@ class WeightRecord:
 
 @dataclass(slots=True)
 class ActivationRecord:
-    """What became of one quantized activation: the values before and after it in the file.
-
-    Where `kernel` is set, the quantizer is inside that kernel and there may be no value after it.
-    """
+    """What became of one quantized activation: the values before and after it in the file."""
 
     site: str
-    before: str
-    after: str | None
-    kernel: Kernel | None = None
+    before: ir.Value
+    after: ir.Value
 
 
 @dataclass(slots=True)
@@ -74,7 +69,9 @@ class Use:
     index: int
 
 
-def lower(model: ir.Model, collected: Collected, target: str) -> Lowered:
+def lower(
+    model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value] | None = None
+) -> Lowered:
     """Lower a traced graph in place.
 
     Parameters
@@ -84,19 +81,24 @@ def lower(model: ir.Model, collected: Collected, target: str) -> Lowered:
     collected : Collected
         What each site deploys.
     target : {"standard", "ort"}
+    follow : dict of values, optional
+        Kept up to date, in place, where one of its values is replaced by another.
 
     Raises
     ------
     ExportError
         When the graph has a site that the eager run did not show.
     """
-    return _Lowering(model, collected, target).run()
+    return _Lowering(model, collected, target, {} if follow is None else follow).run()
 
 
 class _Lowering:
     """State of one run: the builder, what is packed, and caches of values that several uses share."""
 
-    def __init__(self, model: ir.Model, collected: Collected, target: str) -> None:
+    def __init__(
+        self, model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value]
+    ) -> None:
+        self.follow = follow
         self.graph = model.graph
         self.collected = collected
         self.target = target
@@ -135,9 +137,15 @@ class _Lowering:
             self._unpacked(node, record)
 
     def _find_gathered(self) -> None:
-        """Weights whose rows are looked up: their rows must begin on a byte, also where they are used otherwise."""
+        """Weights whose rows are looked up: their rows must begin on a byte, also where they are used
+        otherwise.
+        """
         for node in self.graph:
-            if node.domain == DOMAIN and node.op_type == "Weight" and any(_is_gather(u) for u in _uses(node.outputs[0])):
+            if (
+                node.domain == DOMAIN
+                and node.op_type == "Weight"
+                and any(_is_gather(u) for u in _uses(node.outputs[0]))
+            ):
                 self.gathered.add(_digest(self._quantized(_site(node))))
 
     def _quantized(self, site: str) -> Quantized:
@@ -169,7 +177,7 @@ class _Lowering:
 
     def _unpacked(self, node: ir.Node, record: WeightRecord) -> None:
         out = node.outputs[0]
-        consumers = sorted({use.node.op_type for use in _real_uses(out)})
+        consumers = sorted({_operation(use.node) for use in _real_uses(out)})
         name = record.shared_with or record.site
         if name not in self.floats:
             with self.b.before(node):
@@ -181,7 +189,7 @@ class _Lowering:
                 value = self.b.cast(value, out.dtype, name=f"{name}/cast")
         record.ops += consumers
         record.forms.append(f"unpacked {record.packed.format}")
-        _replace(self.graph, out, value)
+        self._replace(out, value)
 
     # activations
 
@@ -197,12 +205,8 @@ class _Lowering:
             with self.b.before(node):
                 self.quantized[key] = lower_activation(self.b, x, form, site)
         y = self.quantized[key]
-        found = next((r for r in self.activations if r.site == site and r.before == x.name), None)
-        if found is None:
-            self.activations.append(ActivationRecord(site, x.name or "", y.name))
-        else:
-            found.after = y.name
-        _replace(self.graph, out, y)
+        self.activations.append(ActivationRecord(site, x, y))
+        self._replace(out, y)
 
     def _form(self, site: str) -> ActivationForm:
         form = self.collected.activations.get(site)
@@ -236,7 +240,11 @@ class _Lowering:
             return None
         node, x, axis, bias = product
         maker = x.producer()
-        site = _site(maker) if maker is not None and maker.domain == DOMAIN and maker.op_type == "Activation" else None
+        site = (
+            _site(maker)
+            if maker is not None and maker.domain == DOMAIN and maker.op_type == "Activation"
+            else None
+        )
         form = self._form(site) if site is not None else None
         if node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
             record.notes.append(f"plain {node.op_type}: the model computes in {node.outputs[0].dtype}")
@@ -248,34 +256,41 @@ class _Lowering:
 
         def emit() -> None:
             name = record.shared_with or record.site
-            source = x
             with self.b.before(node):
                 sums = self._sums(x, record.packed, record.packed.shape[1 - axis], name)
-                if kernel.accuracy == INT8 and maker is not None and site is not None:
-                    assert maker.inputs[0] is not None
-                    source = maker.inputs[0]
-                    self._inside_kernel(site, source, kernel)
-                y = emit_kernel(self.b, record.packed, axis, kernel, source, sums, name)
+                y = emit_kernel(self.b, record.packed, axis, kernel, x, sums, name)
                 if bias is not None:
                     y = self.b.op("Add", [y, bias], name=f"{name}/bias")
             self._done(node, y, record, node.op_type, str(kernel))
 
         return emit
 
-    def _inside_kernel(self, site: str, source: ir.Value, kernel: Kernel) -> None:
-        if not any(r.site == site and r.before == source.name for r in self.activations):
-            self.activations.append(ActivationRecord(site, source.name or "", None, kernel))
-
     def _sums(self, x: ir.Value, packed: PackedWeight, inputs: int, name: str) -> ir.Value | None:
         if not has_zero_points(packed):
             return None
         groups = packed.groups
-        block = None if groups.kind == "tensor" or groups.block is None or groups.block >= inputs else groups.block
+        block = (
+            None
+            if groups.kind == "tensor" or groups.block is None or groups.block >= inputs
+            else groups.block
+        )
         key = (id(x), block)
         if key not in self.sums:
             rank = len(x.shape) if x.shape is not None else 2
             self.sums[key] = block_sums(self.b, x, groups, inputs, rank, name)
         return self.sums[key]
+
+    def _replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Every use of `old` becomes one of `new`, graph outputs included (which keep their name)."""
+        name, was_output = old.name, old.is_graph_output()
+        if was_output and new.is_graph_output():  # one value cannot have two names
+            new = self.b.op("Identity", [new], name=f"{name}/copy")
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        if was_output:
+            old.name, new.name = f"{name}/replaced", name
+        for key, value in self.follow.items():
+            if value is old:
+                self.follow[key] = new
 
     def _as(self, value: ir.Value, dtype: ir.DataType | None, name: str) -> ir.Value:
         return value if dtype in (None, ir.DataType.FLOAT) else self.b.cast(value, dtype, name=f"{name}/cast")
@@ -285,7 +300,7 @@ class _Lowering:
         record.forms.append(form)
         out = node.outputs[0]
         y.shape, y.type = out.shape, out.type
-        _replace(self.graph, out, y)
+        self._replace(out, y)
         self.graph.remove(node, safe=True)
 
 
@@ -305,7 +320,11 @@ def _product(use: Use, packed: PackedWeight) -> tuple[ir.Node, ir.Value, int, ir
     if node.op_type == "MatMul":
         return node, x, (1 if direct else 0), None
     if node.op_type == "Gemm":
-        flags = {key: node.attributes[key].value for key in ("alpha", "beta", "transA", "transB") if key in node.attributes}
+        flags = {
+            key: node.attributes[key].value
+            for key in ("alpha", "beta", "transA", "transB")
+            if key in node.attributes
+        }
         if flags.get("transA", 0) or flags.get("alpha", 1.0) != 1.0 or flags.get("beta", 1.0) != 1.0:
             return None
         transposed = bool(flags.get("transB", 0)) == direct
@@ -325,13 +344,20 @@ def _uses(value: ir.Value) -> Iterator[Use]:
 
 
 def _real_uses(value: ir.Value) -> Iterator[Use]:
-    for use in _uses(value):
-        yield use
+    yield from _uses(value)
     if value.is_graph_output():
         raise ExportError(
-            f"export: a quantized weight ({value.name}) is itself an output of the model; expected outputs computed from it; return "
+            f"export: a quantized weight ({value.name}) is itself an output of the model; expected outputs "
+            "computed from it; return "
             "something else"
         )
+
+
+def _operation(node: ir.Node) -> str:
+    """The operation behind nodes that only lay a weight out anew."""
+    while node.op_type in LAYOUT and node.outputs[0].uses():
+        node = next(iter(node.outputs[0].uses()))[0]
+    return node.op_type
 
 
 def _is_gather(use: Use) -> bool:
@@ -342,23 +368,14 @@ def _is_gather(use: Use) -> bool:
 
 def _unknown(site: str) -> ExportError:
     return ExportError(
-        f"export: the traced graph quantizes {site!r}, which the eager run did not; expected the same sites in both; the model "
+        f"export: the traced graph quantizes {site!r}, which the eager run did not; expected the same sites "
+        "in both; the model "
         "takes another path under torch.export: make that branch independent of it"
     )
 
 
 def _site(node: ir.Node) -> str:
     return node.attributes["site"].as_string()
-
-
-def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Every use of `old` becomes one of `new`, graph outputs included (which keep their name)."""
-    name = old.name
-    was_output = old.is_graph_output()
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    if was_output:
-        old.name = f"{name}/replaced"
-        new.name = name
 
 
 def remove_unused(graph: ir.Graph) -> None:

@@ -1,10 +1,16 @@
-"""Products with a packed weight matrix by com.microsoft::MatMulNBits, where that is faithful to what was trained.
+"""Products with a packed weight matrix by com.microsoft::MatMulNBits, where that is faithful to what was
+trained.
 
-onnxruntime has an exact kernel for float activations at 4 bits, and kernels for 2, 4 and 8 bits that quantize activations inside:
-symmetric int8 per token and block, which is what the `A8@B` activation quantizer trains. Float zero points would make
-it unpack the weight at each call, so they are a correction by sums over blocks:
+onnxruntime has an exact kernel for float activations at 4 bits, and kernels for 2, 4 and 8 bits that
+quantize activations inside: symmetric int8 per token and block, which is what the `A8@B` activation
+quantizer trains. Float zero points would make it unpack the weight at each call, so they are a correction by
+sums over blocks, c being the middle of the codes:
 
-    x W~^T = sum_g s_g (q_g - z_g) . x_g = MatMulNBits(x; s, q - shift) + blocksum(x) (s (shift - z))^T
+    x W~^T = sum_g s_g (q_g - z_g) . x_g = MatMulNBits(x; s, q - c) + blocksum(x) (s (c - z))^T
+
+The int8 kernel is given activations that are quantized already, which it then finds to be so and takes as
+they are. Where its weight is not folded (no optimizer) onnxruntime falls back to a float product, which is
+then the same.
 """
 
 from __future__ import annotations
@@ -27,7 +33,9 @@ EXACT, INT8 = 0, 4  # accuracy_level: float activations; symmetric int8 activati
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A MatMulNBits form: field width and block of the run-time weight, and what the kernel does to activations."""
+    """A MatMulNBits form: field width and block of the run-time weight, and what the kernel does to
+    activations.
+    """
 
     bits: int
     block: int
@@ -64,7 +72,10 @@ def choose_kernel(packed: PackedWeight, axis: int, activation: ActivationForm | 
             return Kernel(bits, block, INT8)
     if bits > 4:
         return "no exact kernel for codes above 4 bits and float activations"
-    block = next((n for n in reversed(KERNEL_BLOCKS) if n <= max(inputs, 32) and _divides(n, packed.groups, inputs)), None)
+    block = next(
+        (n for n in reversed(KERNEL_BLOCKS) if n <= max(inputs, 32) and _divides(n, packed.groups, inputs)),
+        None,
+    )
     if block is None:
         return f"groups of {packed.groups.block} are no multiple of {KERNEL_BLOCKS[0]}"
     return Kernel(4, block, EXACT)
@@ -72,11 +83,23 @@ def choose_kernel(packed: PackedWeight, axis: int, activation: ActivationForm | 
 
 def kernel_quantizes(spec: QuantSpec) -> bool:
     """Whether MatMulNBits at accuracy level 4 computes exactly this activation quantizer."""
-    return (spec.bits, spec.scheme, spec.granularity, spec.method, spec.scale) == (8, "linear", "block", "ste", "minmax")
+    return (spec.bits, spec.scheme, spec.granularity, spec.method, spec.scale) == (
+        8,
+        "linear",
+        "block",
+        "ste",
+        "minmax",
+    )
 
 
 def emit_kernel(
-    b: GraphBuilder, packed: PackedWeight, axis: int, kernel: Kernel, x: ir.Value, sums: ir.Value | None, name: str
+    b: GraphBuilder,
+    packed: PackedWeight,
+    axis: int,
+    kernel: Kernel,
+    x: ir.Value,
+    sums: ir.Value | None,
+    name: str,
 ) -> ir.Value:
     """The product of x, shape (..., inputs), with the weight; see `choose_kernel` for `axis`.
 
@@ -87,11 +110,18 @@ def emit_kernel(
     """
     outputs, inputs = packed.shape[axis], packed.shape[1 - axis]
     codes, scales = emit_nbits(b, packed, name, kernel.bits, kernel.block)
-    attrs = {"K": inputs, "N": outputs, "bits": kernel.bits, "block_size": kernel.block, "accuracy_level": kernel.accuracy}
+    attrs = {
+        "K": inputs,
+        "N": outputs,
+        "bits": kernel.bits,
+        "block_size": kernel.block,
+        "accuracy_level": kernel.accuracy,
+    }
     y = b.op("MatMulNBits", [x, codes, scales], attrs, name=f"{name}/MatMulNBits", domain=MICROSOFT)
     if sums is None:
         return y
-    shift = b.constant(np.asarray(2 ** (kernel.bits - 1), np.float32), "scalar")
+    assert packed.spec is not None
+    shift = b.constant(np.asarray(2 ** (int(packed.spec.bits) - 1), np.float32), "scalar")
     shifted = b.op("Sub", [shift, emit_zero_point(b, packed, name)], name=f"{name}/shift")
     gain = b.op("Mul", [emit_scale(b, packed, name), shifted], name=f"{name}/gain")
     gain = b.op("Transpose", [gain], {"perm": [1, 0]}, name=f"{name}/gain")

@@ -1,7 +1,7 @@
 """LSTM, GRU and RNN layers as ONNX LSTM, GRU and RNN nodes, for any sequence length.
 
-torch.export unrolls a recurrent layer over the example's length. So while tracing, calls of torch's recurrent functions
-become one operator, `qgraph::recurrent`, which is translated to the ONNX operators here.
+torch.export unrolls a recurrent layer over the example's length. So while tracing, calls of torch's
+recurrent functions become one operator, `qgraph::recurrent`, which is translated to the ONNX operators here.
 Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html
 """
 
@@ -116,12 +116,9 @@ def _layer(
     x: Any, cells: list[list[Any]], initial: list[Any], kind: str, hidden: int
 ) -> tuple[Any, list[Any]]:
     order = GATE_ORDER[kind]
-    w = _stack([_gates(cell[0], order, hidden, 0) for cell in cells])
-    r = _stack([_gates(cell[1], order, hidden, 0) for cell in cells])
-    b = None
-    if len(cells[0]) == 4:
-        biases = [[_gates(bias, order, hidden, 0) for bias in cell[2:]] for cell in cells]
-        b = _stack([op.Concat(*pair, axis=0) for pair in biases])
+    w = _stack([_gates(cell[0], order, hidden) for cell in cells])
+    r = _stack([_gates(cell[1], order, hidden) for cell in cells])
+    b = _stack([_bias(cell[2:], order, hidden) for cell in cells]) if len(cells[0]) == 4 else None
     direction = "bidirectional" if len(cells) == 2 else "forward"
     common: dict[str, Any] = {"direction": direction, "hidden_size": hidden}
     if kind == "LSTM":
@@ -139,26 +136,26 @@ def _layer(
     return y, last
 
 
-def _gates(value: Any, order: Sequence[int], hidden: int, axis: int) -> Any:
-    """The gate blocks of a weight or bias, reordered."""
-    if len(order) == 1:
-        return value
-    parts = [_slice(value, gate * hidden, (gate + 1) * hidden, axis) for gate in order]
-    return op.Concat(*parts, axis=axis)
+def _gates(value: Any, order: Sequence[int], hidden: int) -> Any:
+    """The gate blocks of a weight (gates * hidden, n) in ONNX's order, shape (1, gates * hidden, n)."""
+    blocks = op.Reshape(value, op.Constant(value_ints=[len(order), hidden, -1]))
+    if len(order) > 1:
+        blocks = op.Gather(blocks, op.Constant(value_ints=list(order)), axis=0)
+    return op.Reshape(blocks, op.Constant(value_ints=[1, len(order) * hidden, -1]))
+
+
+def _bias(pair: Sequence[Any], order: Sequence[int], hidden: int) -> Any:
+    """Both biases in ONNX's order, one after the other, shape (1, 2 * gates * hidden)."""
+    parts = [op.Reshape(_gates(bias, order, hidden), op.Constant(value_ints=[1, -1])) for bias in pair]
+    return op.Concat(*parts, axis=1)
 
 
 def _stack(values: Sequence[Any]) -> Any:
-    lifted = [op.Unsqueeze(value, op.Constant(value_ints=[0])) for value in values]
-    return lifted[0] if len(lifted) == 1 else op.Concat(*lifted, axis=0)
+    return values[0] if len(values) == 1 else op.Concat(*values, axis=0)
 
 
 def _rows(value: Any, start: int, stop: int) -> Any:
-    return _slice(value, start, stop, 0)
-
-
-def _slice(value: Any, start: int, stop: int, axis: int) -> Any:
-    bounds = ([start], [stop], [axis])
-    return op.Slice(value, *(op.Constant(value_ints=bound) for bound in bounds))
+    return op.Slice(value, *(op.Constant(value_ints=[bound]) for bound in (start, stop, 0)))
 
 
 def reorder_reference(weight: np.ndarray, kind: str, hidden: int) -> np.ndarray:

@@ -1,0 +1,177 @@
+"""Put an `ExportReport` together from what the lowering did, what the graph holds, and what the config
+said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+from torch import nn
+
+from qgraph.exporters.lowering.graph import Lowered, WeightRecord
+from qgraph.exporters.report import ExportReport, LayerReport, Leftover
+from qgraph.exporters.verify import Verified
+from qgraph.modules import Collected, Quantizer, Sparsifier
+from qgraph.ops import Groups
+
+PACKED = (".packed", ".mask", ".scale", ".zero_point", ".rows")
+
+
+def assemble(
+    model: nn.Module,
+    file: ir.Model,
+    lowered: Lowered,
+    collected: Collected,
+    own: Iterable[str],
+    **fields: Any,
+) -> ExportReport:
+    """The report of a lowered graph, sizes of the file and verification left open."""
+    layers = [_weight_layer(record, lowered, collected) for record in lowered.weights.values()]
+    layers += _activation_layers(lowered, collected, {layer.path for layer in layers})
+    leftovers = _leftovers(model, file, lowered, set(own))
+    records = [record for record in lowered.weights.values() if record.shared_with is None]
+    packed_bytes = sum(record.packed.nbytes for record in records)
+    count = sum(record.packed.numel for record in records)
+    return ExportReport(
+        config=_config(model),
+        layers=tuple(layers),
+        leftovers=leftovers,
+        file_bytes=0,
+        ideal_bytes=packed_bytes + sum(item.bytes for item in leftovers),
+        bits_per_weight=8 * packed_bytes / count if count else 0.0,
+        inputs=tuple(value.name or "" for value in file.graph.inputs),
+        outputs=tuple(value.name or "" for value in file.graph.outputs),
+        **fields,
+    )
+
+
+def describe(report: ExportReport, *, file_bytes: int, verified: Verified | None) -> ExportReport:
+    """The report with the size of the file and the outcome of the verification."""
+    if verified is None:
+        return dataclasses.replace(report, file_bytes=file_bytes)
+    layers = tuple(
+        dataclasses.replace(layer, max_difference=_difference(layer, verified.differences))
+        for layer in report.layers
+    )
+    return dataclasses.replace(
+        report,
+        file_bytes=file_bytes,
+        layers=layers,
+        max_difference=verified.max_difference,
+        flips=verified.flips,
+        verified=tuple(verified.runs),
+    )
+
+
+def _difference(layer: LayerReport, differences: Mapping[str, float]) -> float | None:
+    site = f"{layer.path}.{layer.operand}" if layer.path else layer.operand
+    return differences.get(layer.path, differences.get(site))
+
+
+def _weight_layer(record: WeightRecord, lowered: Lowered, collected: Collected) -> LayerReport:
+    path, _, operand = record.site.rpartition(".")
+    packed = record.packed
+    sparsity = collected.sparsity.get(record.site)
+    activation = _activation_of(path, operand, collected)
+    notes = list(dict.fromkeys(record.notes))
+    if activation is not None and activation.bits < 8:
+        notes.append(f"{activation.bits:g}-bit activations run no faster than float in onnxruntime")
+    return LayerReport(
+        path=path,
+        operand=operand,
+        op=", ".join(dict.fromkeys(record.ops)) or "unused",
+        shape=tuple(packed.shape),
+        spec=packed.spec,
+        groups=groups_text(packed.groups),
+        format=packed.format,
+        bytes=0 if record.shared_with else packed.nbytes,
+        form="; ".join(dict.fromkeys(record.forms)) or "not used",
+        activation=activation,
+        sparsity=None if sparsity is None else str(sparsity),
+        shared_with=record.shared_with,
+        notes=tuple(notes),
+    )
+
+
+def _activation_of(path: str, operand: str, collected: Collected) -> Any:
+    """The activation quantizer of the same module, where there is just one."""
+    forms = [form for site, form in collected.activations.items() if site.rpartition(".")[0] == path]
+    return forms[0].spec if len(forms) == 1 else None
+
+
+def _activation_layers(lowered: Lowered, collected: Collected, covered: set[str]) -> list[LayerReport]:
+    """Sites that have no weight: products of two activations, or several quantizers in one module."""
+    rows: dict[str, LayerReport] = {}
+    for record in lowered.activations:
+        path, _, operand = record.site.rpartition(".")
+        alone = sum(site.rpartition(".")[0] == path for site in collected.activations) == 1
+        if path in covered and alone:
+            continue
+        form = collected.activations[record.site]
+        rows[record.site] = LayerReport(
+            path=path,
+            operand=operand,
+            op="activation",
+            shape=(),
+            spec=None,
+            groups=groups_text(form.groups),
+            format="",
+            bytes=0,
+            form="quantized at run time",
+            activation=form.spec,
+        )
+    return list(rows.values())
+
+
+def _leftovers(model: nn.Module, file: ir.Model, lowered: Lowered, own: set[str]) -> tuple[Leftover, ...]:
+    stored = {f"{site}{ending}" for site in lowered.weights for ending in PACKED}
+    reasons = _reasons(model)
+    found = []
+    for name, value in file.graph.initializers.items():
+        if name in stored or name.startswith("qgraph.") or value.const_value is None or not value.dtype:
+            continue
+        if value.dtype.is_floating_point() and value.const_value.nbytes > 16:
+            if name in reasons:
+                reason = reasons[name]
+            else:
+                reason = "no quantized operation uses it" if name in own else "a constant of the graph"
+            found.append(Leftover(name, value.const_value.nbytes, reason))
+    return tuple(found)
+
+
+def _reasons(model: nn.Module) -> dict[str, str]:
+    """Why a parameter was left float, where the config or a switch says so."""
+    reasons = {
+        module.site: "its quantizer is switched off"
+        for module in model.modules()
+        if isinstance(module, Quantizer | Sparsifier) and not module.enabled
+    }
+    for record in _sites(model):
+        if getattr(record, "reason", None):
+            reasons[f"{record.path}.{record.name}" if record.path else record.name] = record.reason
+    return reasons
+
+
+def _sites(model: nn.Module) -> list[Any]:
+    try:
+        from qgraph.graph import sites
+    except ImportError:
+        return []
+    return list(sites(model))
+
+
+def _config(model: nn.Module) -> str:
+    try:
+        from qgraph.graph import config_of
+    except ImportError:
+        return "custom"
+    config = config_of(model)
+    return "custom" if config is None else str(config)
+
+
+def groups_text(groups: Groups) -> str:
+    """``tensor``, ``channel``, ``token`` or ``block 128``."""
+    return f"block {groups.block}" if groups.block is not None else groups.kind

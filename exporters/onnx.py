@@ -1,0 +1,340 @@
+"""`export`: from a prepared model to a packed ONNX file that was run, compared and then renamed into
+place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+import torch
+from onnx.defs import onnx_opset_version
+from rich.console import Console
+from torch import Tensor, nn
+
+from qgraph.errors import ExportError
+from qgraph.exporters.assemble import describe
+from qgraph.exporters.lowering.graph import Lowered, lower
+from qgraph.exporters.naming import drop_reshapes, module_outputs, rename, shorten
+from qgraph.exporters.report import ExportReport, metadata
+from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
+from qgraph.exporters.signature import FlatModel, flat_model, flatten_inputs, run_eagerly
+from qgraph.exporters.trace import DEFAULT_OPSET, MINIMUM_OPSET, explain, is_data_dependent, trace
+from qgraph.exporters.verify import Example, Verified, Verifier, WrongFile, check
+from qgraph.exporters.write import move_into_place, save, workspace
+from qgraph.modules import Collected, Quantizer, Sparsifier, collecting
+from qgraph.version import __version__
+
+TARGETS = ("standard", "ort")
+Say = Callable[[str], None]
+
+
+def export(
+    prepared: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    target: Literal["standard", "ort"] = "ort",
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+    verify: bool = True,
+    progress: bool = True,
+) -> ExportReport:
+    """Write a prepared model as an ONNX file with packed low-bit weights.
+
+    Parameters
+    ----------
+    prepared : nn.Module
+        What `qgraph.prepare` returned. It is exported as it computes in eval mode, and left exactly as it
+        was.
+    path : path
+        The file; above 2 GB weights go to ``<path>.data``. It is written whole or not at all.
+    example_inputs : tuple
+        Positional arguments of the model; dicts, sequences and dataclasses become named tensor inputs.
+    example_kwargs : mapping, optional
+        Keyword arguments.
+    target : {"ort", "standard"}
+        "ort" uses com.microsoft operators where they are faithful; "standard" core operators alone.
+    dynamic_shapes : optional
+        As `torch.export.export` takes it; ``{}`` for none. Left out, batch and sequence are made dynamic
+        where the model allows, and the report says which.
+    opset : int, optional
+        At least 18.
+    verify : bool
+        Run the file in onnxruntime, with and without its optimizer, and compare with the model.
+    progress : bool
+        Say on a terminal what is going on.
+
+    Returns
+    -------
+    ExportReport
+
+    Raises
+    ------
+    ExportError
+        When the model cannot be exported, or the file computes something else. No file is left then, and one
+        that was there is as it was.
+    """
+    path = Path(path)
+    _check_arguments(prepared, target, opset)
+    with workspace(path) as folder, _teller(progress) as say:
+        job = _prepare_job(prepared, example_inputs, example_kwargs, opset or DEFAULT_OPSET, target, say)
+        say("looking for dynamic sizes")
+        plans = _plans(job, dynamic_shapes)
+        built = _first_that_works(job, plans, folder, path, verify, given=dynamic_shapes is not None)
+        size = move_into_place(folder / path.name, path)
+    return describe(built.report, file_bytes=size, verified=built.verified)
+
+
+@dataclass(slots=True)
+class _Job:
+    """What stays the same over all attempts."""
+
+    model: nn.Module  # the working copy
+    flat: FlatModel
+    reference: tuple[Tensor, ...]
+    collected: Collected
+    original: nn.Module
+    opset: int
+    target: str
+    say: Say
+    notes: list[str]
+
+    @property
+    def name(self) -> str:
+        return type(self.original).__name__
+
+
+@dataclass(slots=True)
+class _Built:
+    report: ExportReport
+    verified: Verified | None
+
+
+def _check_arguments(prepared: Any, target: str, opset: int | None) -> None:
+    if not isinstance(prepared, nn.Module):
+        raise ExportError(
+            f"export: found a {type(prepared).__name__} in place of the model; expected the nn.Module that "
+            "qgraph.prepare returned; pass that"
+        )
+    if target not in TARGETS:
+        raise ExportError(
+            f"export: found target={target!r}; expected one of {', '.join(map(repr, TARGETS))}; choose one"
+        )
+    if opset is not None and not (isinstance(opset, int) and MINIMUM_OPSET <= opset <= onnx_opset_version()):
+        raise ExportError(
+            f"export: found opset={opset!r}; expected {MINIMUM_OPSET} to {onnx_opset_version()}: torch's "
+            "exporter writes none older than "
+            f"{MINIMUM_OPSET}, and this onnx knows none newer; leave it out for {DEFAULT_OPSET}"
+        )
+    if not _is_prepared(prepared):
+        raise ExportError(
+            f"export: found a {type(prepared).__name__} that is not prepared, so nothing in it is "
+            "quantized; expected what qgraph.prepare returns; "
+            "call prepared = qgraph.prepare(model, ...) first"
+        )
+
+
+def _is_prepared(model: nn.Module) -> bool:
+    if any(isinstance(module, Quantizer | Sparsifier) for module in model.modules()):
+        return True
+    from qgraph.graph import is_prepared  # a model without any site is prepared all the same
+
+    return is_prepared(model)
+
+
+def _prepare_job(
+    prepared: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    opset: int,
+    target: str,
+    say: Say,
+) -> _Job:
+    for name, parameter in [*prepared.named_parameters(), *prepared.named_buffers()]:
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise ExportError(
+                f"export of {type(prepared).__name__}: {name} holds NaN or Inf "
+                f"({int((~torch.isfinite(parameter)).sum())} of "
+                f"{parameter.numel()} values); expected finite values; the training diverged: go back to an "
+                "earlier checkpoint"
+            )
+    model = _working_copy(prepared)
+    inputs = flatten_inputs(model, example_inputs, example_kwargs)
+    if any(tensor.device.type != "cpu" for tensor in inputs.tensors):
+        inputs.tensors = tuple(tensor.cpu() for tensor in inputs.tensors)
+    flat = flat_model(model, inputs)
+    flat.eval()
+    say("running the model")
+    with collecting() as collected:
+        try:
+            reference = run_eagerly(flat, inputs.tensors)
+        except ExportError:
+            raise
+        except Exception as error:
+            raise ExportError(
+                f"export: {type(prepared).__name__} itself fails on the example inputs: "
+                f"{type(error).__name__}: {error}; expected "
+                "inputs that it takes; its own traceback is above"
+            ) from error
+    if not reference:
+        raise ExportError(
+            f"export of {type(prepared).__name__}: the model returns no tensor (found "
+            f"{', '.join(flat.dropped) or 'nothing'}); a file needs "
+            "at least one; return one"
+        )
+    return _Job(model, flat, reference, collected, prepared, opset, target, say, [])
+
+
+def _working_copy(prepared: nn.Module) -> nn.Module:
+    """A copy with modules and buffers of its own and the same parameters, which nobody writes to in eval."""
+    on_cpu = all(tensor.device.type == "cpu" for tensor in (*prepared.parameters(), *prepared.buffers()))
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in prepared.parameters()} if on_cpu else {}
+    model = copy.deepcopy(prepared, memo)
+    return model.eval() if on_cpu else model.cpu().eval()
+
+
+def _plans(job: _Job, dynamic_shapes: Any) -> Iterator[ShapePlan]:
+    tensors = job.flat.inputs.tensors
+
+    def run(other: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return run_eagerly(job.flat, other)
+
+    if dynamic_shapes is None:
+        return candidate_plans(tensors, run)
+    return iter([given_plan(job.flat.inputs, dynamic_shapes, run)])
+
+
+def _first_that_works(
+    job: _Job, plans: Iterator[ShapePlan], folder: Path, path: Path, verify: bool, given: bool
+) -> _Built:
+    """Build with the first plan; go to a less dynamic one if tracing specialises a size, or the file is
+    wrong at the second shape.
+    """
+    for plan in plans:
+        may_retry = any(plan.dims) and not given
+        try:
+            return _build(job, plan, folder, path, verify)
+        except WrongFile as error:
+            if not (may_retry and error.shape_only):
+                raise
+            reason = "the file was wrong at another size"
+        except _TraceFailed as error:
+            if not may_retry or error.final:
+                raise error.explained from error.__cause__
+            reason = "torch.export made it a constant"
+        job.notes.append(f"not dynamic: {'; '.join(plan.describe(job.flat.inputs.names))} ({reason})")
+    raise AssertionError("the last plan is static and either works or raises")
+
+
+class _TraceFailed(Exception):
+    """The tracer gave up; `final` when fewer dynamic sizes will not help."""
+
+    def __init__(self, explained: ExportError, final: bool) -> None:
+        super().__init__(str(explained))
+        self.explained = explained
+        self.final = final
+
+
+def _build(job: _Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -> _Built:
+    model, notes = _trace(job, plan)
+    layers = module_outputs(model.graph)
+    rename(model.graph)
+    job.say("packing weights")
+    lowered = lower(model, job.collected, job.target, layers)
+    dtypes = {name for name, _ in [*job.model.named_parameters(), *job.model.named_buffers()]}
+    report = describe_parts(job, model, lowered, plan, notes, path, dtypes)
+    drop_reshapes(model.graph)
+    shorten(model.graph)
+    _stamp(model, report)
+    file = folder / path.name
+    job.say("writing")
+    save(model, file)
+    check(file)
+    verified = _verify(job, plan, file, folder, model, lowered, layers) if verify else None
+    return _Built(report, verified)
+
+
+def describe_parts(
+    job: _Job, model: ir.Model, lowered: Lowered, plan: ShapePlan, notes: list[str], path: Path, own: set[str]
+) -> ExportReport:
+    """The report as far as it is known before the file is run."""
+    from qgraph.exporters.assemble import assemble
+
+    return assemble(
+        job.original,
+        model,
+        lowered,
+        job.collected,
+        own,
+        path=str(path),
+        target=job.target,
+        dynamic=plan.describe(job.flat.inputs.names),
+        dropped=job.flat.dropped,
+        notes=(*job.notes, *notes),
+    )
+
+
+def _trace(job: _Job, plan: ShapePlan) -> tuple[ir.Model, list[str]]:
+    job.say(
+        "tracing" + (f" with {'; '.join(plan.describe(job.flat.inputs.names))}" if any(plan.dims) else "")
+    )
+    notes: list[str] = []
+    try:
+        return trace(job.flat, tracing_example(plan, job.flat.inputs.tensors), plan, job.opset, notes), notes
+    except ExportError:
+        raise
+    except Exception as error:
+        raise _TraceFailed(explain(error, job.name), is_data_dependent(error)) from error
+
+
+def _stamp(model: ir.Model, report: ExportReport) -> None:
+    model.producer_name = "qgraph"
+    model.producer_version = __version__
+    model.doc_string = None
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata(report, __version__))
+
+
+def _verify(
+    job: _Job,
+    plan: ShapePlan,
+    file: Path,
+    folder: Path,
+    model: ir.Model,
+    lowered: Lowered,
+    layers: dict[str, ir.Value],
+) -> Verified:
+    owners = {site.rpartition(".")[0] for site in lowered.weights}
+    examples = [Example("the example", job.flat.inputs.tensors, job.reference)]
+    if plan.second is not None and plan.reference is not None:
+        examples.append(Example("a second shape", plan.second, plan.reference))
+    verifier = Verifier(
+        job.flat,
+        file,
+        folder,
+        model,
+        lowered.activations,
+        job.collected.activations,
+        {path: value for path, value in layers.items() if path in owners},
+        job.say,
+    )
+    return verifier.run(examples)
+
+
+@contextlib.contextmanager
+def _teller(progress: bool) -> Iterator[Say]:
+    """Say on standard error what is going on, where that is a terminal."""
+    if not progress or not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    with Console(stderr=True).status("export") as status:
+        yield lambda text: status.update(f"export: {text}")

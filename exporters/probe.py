@@ -1,0 +1,203 @@
+"""Layer by layer: the same model in torch and in onnxruntime, with torch made to go on from onnxruntime's
+activations.
+
+At each quantized activation torch's value is compared with onnxruntime's, the quantizer is checked on its
+own (`ties.py`), and then onnxruntime's result replaces torch's. So one flipped code cannot spread, and each
+stretch between two quantizers is held to float rounding.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from qgraph.exporters.lowering.graph import ActivationRecord
+from qgraph.exporters.signature import FlatModel, run_eagerly
+from qgraph.exporters.ties import explain
+from qgraph.modules import ActivationForm, ActivationQuantizer
+
+TOLERANCE = 1e-5
+
+
+@dataclass(slots=True)
+class Probed:
+    """What was found, in the order in which torch runs.
+
+    `differences` maps sites and module paths to the largest difference relative to the largest value;
+    `first` is the first that is beyond the tolerance, with what differs.
+    """
+
+    differences: dict[str, float] = field(default_factory=dict)
+    flips: int = 0
+    ties: int = 0
+    first: tuple[str, str] | None = None
+    outputs: list[np.ndarray] = field(default_factory=list)
+    forced: tuple[Tensor, ...] = ()
+
+    def note(self, name: str, difference: float, what: str) -> None:
+        """Record a difference."""
+        self.differences[name] = max(difference, self.differences.get(name, 0.0))
+        if self.first is None and not difference <= TOLERANCE:
+            self.first = (name, f"{what} differs by {difference:.1e} of its largest value")
+
+
+def add_probe_outputs(
+    model: ir.Model, records: Sequence[ActivationRecord], layers: Mapping[str, ir.Value]
+) -> None:
+    """Make intermediate values outputs of `model`, in place, behind its own."""
+    graph = model.graph
+    wanted = {value.name for record in records for value in (record.before, record.after)}
+    wanted |= {value.name for value in layers.values() if value.name}
+    present = {value.name for value in graph.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in wanted and value.name not in present:
+                if value.type is None:
+                    value.type = ir.TensorType(ir.DataType.FLOAT)
+                graph.outputs.append(value)
+
+
+def probe(
+    flat: FlatModel,
+    tensors: Sequence[Tensor],
+    session: ort.InferenceSession,
+    records: Sequence[ActivationRecord],
+    forms: Mapping[str, ActivationForm],
+    layers: Mapping[str, ir.Value],
+) -> Probed:
+    """Run both and compare; see the module's text.
+
+    Parameters
+    ----------
+    flat, tensors : the model in eval mode and its inputs
+    session : InferenceSession
+        Of the file with the outputs of `add_probe_outputs`.
+    records, forms : where quantized activations are in the file, and what they compute
+    layers : module path -> the value that is the module's output in the file
+    """
+    feeds = {
+        name: tensor.detach().cpu().numpy() for name, tensor in zip(flat.inputs.names, tensors, strict=True)
+    }
+    fetch = [value.name for value in session.get_outputs()]
+    values = dict(feeds) | dict(zip(fetch, session.run(fetch, feeds), strict=True))
+    found = Probed()
+    by_site: dict[str, list[ActivationRecord]] = defaultdict(list)
+    for record in records:
+        by_site[record.site].append(record)
+    handles = []
+    try:
+        for module in flat.modules():
+            if isinstance(module, ActivationQuantizer) and module.site in by_site:
+                hook = _Quantizer(module.site, by_site[module.site], values, forms[module.site], found)
+                handles.append(module.register_forward_hook(hook))
+        for path, value in layers.items():
+            if value.name in values:
+                handles.append(
+                    flat.model.get_submodule(path).register_forward_hook(
+                        _Layer(path, values[value.name], found)
+                    )
+                )
+        found.forced = run_eagerly(flat, tensors)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found.outputs = [values[name] for name in fetch[: len(flat.output_names)]]
+    return found
+
+
+class _Quantizer:
+    """Forward hook of an activation quantizer: compare, then go on from onnxruntime's value."""
+
+    def __init__(
+        self,
+        site: str,
+        records: list[ActivationRecord],
+        values: dict[str, Any],
+        form: ActivationForm,
+        found: Probed,
+    ) -> None:
+        self.site, self.records, self.values, self.form, self.found = site, records, values, form, found
+        self.calls = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        x = args[0].detach()
+        record = self._record(x)
+        if record is None:
+            return output
+        before = torch.from_numpy(self.values[record.before.name]).to(x.dtype)
+        self.found.note(self.site, relative_difference(x, before), "the value that reaches this quantizer")
+        after = torch.from_numpy(self.values[record.after.name]).to(x.dtype)
+        explained = explain(before, after, x, self.form)
+        self.found.flips += explained.flips
+        self.found.ties += explained.ties
+        self.found.note(self.site, explained.unexplained, "what this quantizer makes of its input")
+        return after.to(output.dtype)
+
+    def _record(self, x: Tensor) -> ActivationRecord | None:
+        """The node of this call: a site that is called several times has several, in order."""
+        fitting = [r for r in self.records if self._shape(r) == tuple(x.shape)]
+        self.calls += 1
+        if not fitting:
+            return None
+        return fitting[min(self.calls, len(fitting)) - 1]
+
+    def _shape(self, record: ActivationRecord) -> tuple[int, ...] | None:
+        before, after = (self.values.get(value.name) for value in (record.before, record.after))
+        return None if before is None or after is None else before.shape
+
+
+class _Layer:
+    """Forward hook of a module that owns a quantized weight: compare its output."""
+
+    def __init__(self, path: str, value: np.ndarray, found: Probed) -> None:
+        self.path, self.value, self.found = path, value, found
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) and output else output
+        if (
+            isinstance(tensor, Tensor)
+            and tuple(tensor.shape) == self.value.shape
+            and tensor.is_floating_point()
+        ):
+            difference = relative_difference(tensor.detach(), torch.from_numpy(self.value))
+            self.found.note(self.path, difference, "its output")
+
+
+def session_of(model: bytes | Path, optimize: bool = True) -> ort.InferenceSession:
+    """A quiet CPU session, with every graph optimization or with none."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    source = str(model) if isinstance(model, Path) else model
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """Largest difference over the largest expected value; equal NaN and Inf are no difference, else it is
+    infinite.
+    """
+    if expected.shape != found.shape:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    a, b = expected.double().cpu(), found.double().cpu()
+    finite = torch.isfinite(a)
+    if not torch.equal(finite, torch.isfinite(b)) or not torch.equal(
+        a[~finite].nan_to_num(0), b[~finite].nan_to_num(0)
+    ):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    largest = float(a[finite].abs().max())
+    difference = float((a - b)[finite].abs().max())
+    return difference / largest if largest else difference

@@ -1,0 +1,297 @@
+"""`ExportReport`: what is in an exported file, layer by layer, as a table, as data, and read back from the
+file itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from rich.console import Console
+from rich.table import Table
+
+from qgraph.config import QuantSpec
+from qgraph.errors import InspectError
+
+LAYERS, CONFIG, VERSION, TARGET, BITS, DYNAMIC, LEFTOVERS = (
+    f"qgraph.{key}"
+    for key in ("layers", "config", "version", "target", "bits_per_weight", "dynamic", "leftovers")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One quantized site.
+
+    `bytes` counts codes, scales and zero points where they are stored, 0 where `shared_with` names another
+    layer; `max_difference` is that of the layer's output against torch on the same inputs, relative to the
+    largest value (None: not measured).
+    """
+
+    path: str
+    operand: str
+    op: str
+    shape: tuple[int, ...]
+    spec: QuantSpec | None
+    groups: str
+    format: str
+    bytes: int
+    form: str
+    activation: QuantSpec | None = None
+    sparsity: str | None = None
+    shared_with: str | None = None
+    max_difference: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits(self) -> float | None:
+        """Width of the weight's codes; None for a weight that is pruned only, or a site without a weight."""
+        return None if self.spec is None else self.spec.bits
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count if self.shape else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A float tensor that the file holds as it is."""
+
+    name: str
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What `qgraph.export` wrote and checked; `print` it.
+
+    `ideal_bytes` are codes, scales, zero points and float leftovers alone; `file_bytes` is what the file
+    takes. `max_difference` is relative to the largest output; `flips` counts activation codes on a rounding
+    tie that onnxruntime and torch round apart.
+    """
+
+    path: str
+    target: str
+    config: str
+    layers: tuple[LayerReport, ...]
+    leftovers: tuple[Leftover, ...]
+    dynamic: tuple[str, ...]
+    file_bytes: int
+    ideal_bytes: int
+    bits_per_weight: float
+    max_difference: float | None = None
+    flips: int = 0
+    verified: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        data = dataclasses.asdict(self)
+        for layer, source in zip(data["layers"], self.layers, strict=True):
+            layer["bits"] = source.bits
+        return data
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield self._table()
+        yield from self._lines()
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=150, highlight=False)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+    def _table(self) -> Table:
+        table = Table(title=f"{self.path} ({self.target}, {self.config})", title_justify="left", expand=False)
+        for heading, justify in (
+            ("layer", "left"),
+            ("op", "left"),
+            ("weight", "left"),
+            ("groups", "left"),
+            ("activation", "left"),
+            ("bytes", "right"),
+            ("form in the file", "left"),
+            ("max diff", "right"),
+        ):
+            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for layer in self.layers:
+            table.add_row(*_cells(layer))
+        return table
+
+    def _lines(self) -> list[str]:
+        lines = [
+            f"file {self.file_bytes:,} bytes, of which codes, scales and float tensors {self.ideal_bytes:,}; "
+            f"{self.bits_per_weight:.3f} bits per quantized weight",
+            "dynamic sizes: " + ("; ".join(self.dynamic) or "none, the file takes the example's sizes alone"),
+        ]
+        if self.max_difference is None:
+            lines.append("not verified")
+        else:
+            ties = (
+                f"; {self.flips} activation codes on a rounding tie went the other way" if self.flips else ""
+            )
+            lines.append(
+                f"largest difference from torch {self.max_difference:.1e} ({', '.join(self.verified)}){ties}"
+            )
+        if self.leftovers:
+            total = sum(item.bytes for item in self.leftovers)
+            lines.append(f"left float: {len(self.leftovers)} tensors, {total:,} bytes")
+            lines += [
+                f"  {item.name}: {item.bytes:,} bytes, {item.reason}" for item in _largest(self.leftovers)
+            ]
+        if self.dropped:
+            lines.append("outputs that are no tensors, left out: " + ", ".join(self.dropped))
+        lines += [f"note: {note}" for note in self.notes]
+        return lines
+
+
+def metadata(report: ExportReport, version: str) -> dict[str, str]:
+    """What the file says about itself, for `metadata_props`."""
+    specs: list[dict[str, Any]] = []
+
+    def index(spec: QuantSpec | None) -> int | None:
+        if spec is None:
+            return None
+        data = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        if data not in specs:
+            specs.append(data)
+        return specs.index(data)
+
+    layers = []
+    for layer in report.layers:
+        row = {
+            "path": layer.path,
+            "operand": layer.operand,
+            "op": layer.op,
+            "shape": layer.shape,
+            "weight": index(layer.spec),
+            "activation": index(layer.activation),
+            "groups": layer.groups,
+            "format": layer.format,
+            "bytes": layer.bytes,
+            "form": layer.form,
+            "sparsity": layer.sparsity,
+            "shared_with": layer.shared_with,
+        }
+        layers.append({key: value for key, value in row.items() if value not in (None, "", ())})
+    leftovers = {item.name: item.reason for item in report.leftovers}
+    compact: dict[str, Any] = {"separators": (",", ":")}
+    return {
+        VERSION: version,
+        CONFIG: report.config,
+        TARGET: report.target,
+        BITS: f"{report.bits_per_weight:.4f}",
+        DYNAMIC: json.dumps(report.dynamic, **compact),
+        LAYERS: json.dumps({"specs": specs, "layers": layers}, **compact),
+        LEFTOVERS: json.dumps(leftovers, **compact),
+    }
+
+
+def read_report(path: str | Path) -> ExportReport:
+    """What a file written by `qgraph.export` says about itself; needs no runtime.
+
+    Raises
+    ------
+    InspectError
+        When it is no ONNX file, or not one of ours.
+    """
+    path = Path(path)
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise InspectError(
+            f"{path}: not an ONNX file ({error}); expected one written by qgraph.export"
+        ) from error
+    found = {item.key: item.value for item in model.metadata_props}
+    if LAYERS not in found:
+        raise InspectError(
+            f"{path}: found no {LAYERS!r} in its metadata; expected a file written by qgraph.export; export "
+            "it again"
+        )
+    content = json.loads(found[LAYERS])
+    specs = [QuantSpec(**spec) for spec in content["specs"]]
+    sizes = {item.name: _nbytes(item) for item in model.graph.initializer}
+    leftovers = tuple(
+        Leftover(name, sizes.get(name, 0), why) for name, why in json.loads(found[LEFTOVERS]).items()
+    )
+    layers = tuple(_layer(row, specs) for row in content["layers"])
+    data = path.with_name(f"{path.name}.data")
+    return ExportReport(
+        path=str(path),
+        target=found[TARGET],
+        config=found[CONFIG],
+        layers=layers,
+        leftovers=leftovers,
+        dynamic=tuple(json.loads(found[DYNAMIC])),
+        file_bytes=path.stat().st_size + (data.stat().st_size if data.exists() else 0),
+        ideal_bytes=sum(layer.bytes for layer in layers) + sum(item.bytes for item in leftovers),
+        bits_per_weight=float(found[BITS]),
+        inputs=tuple(value.name for value in model.graph.input),
+        outputs=tuple(value.name for value in model.graph.output),
+    )
+
+
+def _layer(row: Mapping[str, Any], specs: Sequence[QuantSpec]) -> LayerReport:
+    def spec(key: str) -> QuantSpec | None:
+        return specs[row[key]] if key in row else None
+
+    return LayerReport(
+        path=row.get("path", ""),
+        operand=row.get("operand", ""),
+        op=row.get("op", ""),
+        shape=tuple(row.get("shape", ())),
+        spec=spec("weight"),
+        groups=row.get("groups", ""),
+        format=row.get("format", ""),
+        bytes=row.get("bytes", 0),
+        form=row.get("form", ""),
+        activation=spec("activation"),
+        sparsity=row.get("sparsity"),
+        shared_with=row.get("shared_with"),
+    )
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _cells(layer: LayerReport) -> list[str]:
+    weight = "" if not layer.shape else (_short(layer.spec) if layer.spec else "float")
+    if layer.sparsity:
+        weight = f"{weight} {layer.sparsity}"
+    form = layer.form if not layer.notes else f"{layer.form} ({'; '.join(layer.notes)})"
+    stored = f"as {layer.shared_with}" if layer.shared_with else f"{layer.bytes:,}"
+    difference = "" if layer.max_difference is None else f"{layer.max_difference:.0e}"
+    name = f"{layer.path}.{layer.operand}" if layer.path else layer.operand
+    return [name, layer.op, weight, layer.groups, _short(layer.activation), stored, form, difference]
+
+
+def _short(spec: QuantSpec | None) -> str:
+    return "" if spec is None else f"{spec.bits:g} bit {spec.scheme} {spec.method}"
+
+
+def _largest(items: Sequence[Leftover], count: int = 5) -> list[Leftover]:
+    return sorted(items, key=lambda item: -item.bytes)[:count]

@@ -1,0 +1,131 @@
+"""Write a model whole or not at all: into a folder beside the target, then renamed into place.
+
+Above 2 GB, which is the limit of a protobuf file, weights go to ``<path>.data``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qgraph.errors import ExportError
+
+EXTERNAL_ABOVE = 2**31 - 2**24  # protobuf's limit, less room for the nodes
+
+
+@contextlib.contextmanager
+def workspace(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, so that a rename out of it stays on one file system; removed at the
+    end.
+
+    Raises
+    ------
+    ExportError
+        When the folder of `path` does not exist or cannot be written to.
+    """
+    parent = path.parent
+    if not parent.is_dir():
+        raise ExportError(
+            f"export to {path}: the folder {parent} does not exist; expected one that does; create it or "
+            "correct the path"
+        )
+    if path.is_dir():
+        raise ExportError(
+            f"export to {path}: that is a folder; expected the path of a file; add a file name such as "
+            "model.onnx"
+        )
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".qgraph-", dir=parent))
+    except OSError as error:
+        raise ExportError(
+            f"export to {path}: the folder {parent} cannot be written to ({error.strerror}); expected a "
+            "writable folder; "
+            "choose another one or change its permissions"
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write `model` to `path`, with its weights in ``<path>.data`` when they are too many for one file.
+
+    Raises
+    ------
+    ExportError
+        When the disk is full or the write fails.
+    """
+    size = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    try:
+        if size > EXTERNAL_ABOVE:
+            ir.save(model, path, external_data=f"{path.name}.data")
+        else:
+            ir.save(model, path)
+        for part in _parts(path):
+            _sync(part)
+    except OSError as error:
+        raise _failed(path.name, error) from error
+
+
+def move_into_place(source: Path, target: Path) -> int:
+    """Rename a saved model, and its data file, over `target`; return their size in bytes.
+
+    The data file is renamed first and put back should the second rename fail.
+    """
+    data, target_data = _data(source), _data(target)
+    kept = source.with_name("previous.data")
+    moved = False
+    size = sum(part.stat().st_size for part in _parts(source))
+    try:
+        if data.exists():
+            if target_data.exists():
+                os.replace(target_data, kept)
+            os.replace(data, target_data)
+            moved = True
+        os.replace(source, target)
+    except BaseException as error:
+        if moved:
+            target_data.unlink(missing_ok=True)
+        if kept.exists():
+            os.replace(kept, target_data)
+        if isinstance(error, OSError):
+            raise _failed(str(target), error) from error
+        raise
+    return size
+
+
+def _parts(path: Path) -> list[Path]:
+    return [part for part in (path, _data(path)) if part.exists()]
+
+
+def _data(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _failed(name: str, error: OSError) -> ExportError:
+    what = (
+        "no space is left on the disk"
+        if error.errno == errno.ENOSPC
+        else f"the write failed ({error.strerror or error})"
+    )
+    return ExportError(
+        f"export to {name}: {what}; nothing was changed, a file of that name is as it was; free space and "
+        "export again"
+    )
