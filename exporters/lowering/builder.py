@@ -24,8 +24,8 @@ class GraphBuilder:
     Parameters
     ----------
     graph : ir.Graph, optional
-        The graph to splice into. Nodes go to its end, or before the node of the innermost `before(node)` block.
-        Left out, an empty graph is made: add `input`s, `output`s and take the `model`.
+        The graph to splice into. Nodes go to its end, or before the node of the innermost `before(node)`
+        block. Left out, an empty graph is made: add `input`s, `output`s and take the `model`.
     opset : int
         Opset of the default domain when the graph is made here.
 
@@ -63,7 +63,7 @@ class GraphBuilder:
             self._anchor = previous
 
     def initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        """The initializer called `name`, made on first use; the same name with the same content is the same value.
+        """The initializer called `name`, made on first use; with the same content it is the same value.
 
         Raises
         ------
@@ -89,7 +89,7 @@ class GraphBuilder:
         return value
 
     def constant(self, array: np.ndarray, hint: str = "const") -> ir.Value:
-        """A shared initializer, one per distinct content (look-up tables, shapes, axes), called `qgraph.<hint>`."""
+        """A shared initializer, one per distinct content (tables, shapes, axes), called `qgraph.<hint>`."""
         array = _contiguous(array)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -129,7 +129,7 @@ class GraphBuilder:
         name: str | None = None,
         domain: str = "",
     ) -> Sequence[ir.Value]:
-        """Add a node; return its outputs. Names are made unique: `name` for the node, `name:0`.. for the outputs."""
+        """Add a node; return its outputs. Names are made unique: `name`, and `name:0`.. for the outputs."""
         name = self.unique(name or op_type)
         node = ir.node(op_type, inputs, dict(attrs or {}), domain=domain, num_outputs=outputs, name=name)
         for i, value in enumerate(node.outputs):

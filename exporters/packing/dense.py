@@ -1,7 +1,8 @@
 """Dense streams: b bits a level as one, two or three bit planes (1..8 bits), and raw float32 values.
 
-A plane of w bits holds 8/w codes a byte, the first code in the lowest bits (as MatMulNBits has it). Widths that do
-not divide 8 are sums of planes (3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1), one plane after the other, low bits first.
+A plane of w bits holds 8/w codes a byte, the first code in the lowest bits (as MatMulNBits has it). Widths
+that do not divide 8 are sums of planes (3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1), one plane after the other,
+low bits first.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Bits:
 
     @staticmethod
     def linear(bits: int) -> Bits:
-        """Symmetric levels: -1, +1 for one bit, else stored with the offset 2^(bits-1), MatMulNBits' default zero point."""
+        """Symmetric levels: -1, +1 for one bit, else with 2^(bits-1) added, as MatMulNBits has them."""
         return Bits(1, offset=-1, step=2) if bits == 1 else Bits(bits, offset=-(2 ** (bits - 1)))
 
     @property
@@ -74,21 +75,22 @@ class Bits:
         ]  # wraps, as sums do
         return self._sum_planes(b, data, count, count, name, tables)
 
-    def emit_fields(self, b: GraphBuilder, data: ir.Value, count: int, name: str, bits: int) -> ir.Value:
-        """(lead, size) -> (lead, count * bits / 8) bytes of fields of `bits`, as MatMulNBits reads them.
+    def emit_fields(
+        self, b: GraphBuilder, data: ir.Value, count: int, name: str, bits: int, shift: int
+    ) -> ir.Value:
+        """(lead, size) -> (lead, count * bits / 8) bytes of fields of `bits` that hold `level + shift`.
 
-        Linear levels get 2^(bits-1) added, affine codes so much that their middle is there. Bytes go to bytes through one table a
-        plane and codes are never spread out: the cheapest form at load time. Needs whole bytes (count * bits % 8 == 0).
+        Bytes go to bytes through one table a plane and codes are never spread out: the cheapest form at load
+        time. Needs whole bytes (count * bits % 8 == 0), and levels that fit their field.
         """
-        shift = 2 ** (bits - 1) - (0 if self.offset else 2 ** (self.bits - 1))
         if self.bits == bits and self.offset + shift == 0 and self.size(count) * 8 == count * bits:
             return data
-        # The first plane brings the offset; later planes add where it has room, so no field carries into the next.
+        # The first plane brings the offset, and a sum fits its field, so no field carries into the next.
         tables = [pack_plane(levels, bits) for levels in self._plane_levels(shift)]
         return self._sum_planes(b, data, count, count * bits // 8, name, tables)
 
     def _plane_levels(self, shift: int) -> list[np.ndarray]:
-        """For each plane: what each byte adds to the levels of its codes, (256, codes a byte); `shift` in the first."""
+        """(256, codes a byte) for each plane: what each byte adds to its levels; `shift` is in the first."""
         tables, low = [], 0
         for width in PLANES[self.bits]:
             fields = unpack_plane(BYTES[:, None].astype(np.uint8), width).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Packed embeddings: only the rows that are asked for are unpacked, at run time; the table stays packed in memory."""
+"""Packed embeddings: only rows that are asked for are unpacked, at run time; the table stays packed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def emit_gather_rows(b: GraphBuilder, p: PackedWeight, name: str, indices: ir.Va
     Parameters
     ----------
     p : PackedWeight
-        Of a (rows, features) weight, channels along axis 0. Packed with `align_rows=True` it is stored as it is (and
-        shared with other uses of the same `p` and `name`); else it is packed anew, dense and by rows, as `<name>.rows`.
+        Of a (rows, features) weight, channels along axis 0. Packed with `align_rows=True` it is stored as
+        it is (and shared with other uses of the same `p` and `name`); else it is packed anew, dense and by
+        rows, as `<name>.rows`.
     indices : ir.Value, int32 or int64
         Of any rank, dynamic sizes included.
     """

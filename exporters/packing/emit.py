@@ -1,8 +1,8 @@
 """ONNX nodes that decode a `PackedWeight`: integer levels, or the float weight.
 
-Only core operators of opset 13 on, and nothing but constants, so onnxruntime folds it all when it loads the file.
-Tables are looked up with int32 indices and levels stay in 8 bits as long as they can: what is folded at load time is
-freed only when the optimizer is done, so every byte of an intermediate result counts.
+Only core operators of opset 13 on, and nothing but constants, so onnxruntime folds it all when it loads the
+file. Tables are looked up with int32 indices and levels stay in 8 bits as long as they can: what is folded
+at load time is freed only when the optimizer is done, so every byte of an intermediate result counts.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ def emit_codes(
         When the levels do not fit `dtype`.
     """
     low, high = p.levels[0] + add, p.levels[1] + add
-    if dtype == FLOAT:
-        kind = np.dtype(np.int8 if low < 0 else np.uint8)
-    else:
-        kind = np.dtype(dtype.numpy())
+    narrow = ir.DataType.INT8 if low < 0 else ir.DataType.UINT8
+    kind = np.dtype((narrow if dtype == FLOAT else dtype).numpy())
     info = np.iinfo(kind)
     if low < info.min or high > info.max:
         raise ValueError(
@@ -108,8 +106,10 @@ def emit_rows(b: GraphBuilder, p: PackedWeight, name: str, target: Target) -> ir
     return p.mask.emit(b, mask, kept, target.scalar(), (rows, columns), node)
 
 
-def emit_kept(b: GraphBuilder, p: PackedWeight, name: str, target: Target) -> tuple[ir.Value | None, ir.Value]:
-    """Of a sparse format: the kept levels in the form `target`, 1-D (None if there are none), and the mask's bytes."""
+def emit_kept(
+    b: GraphBuilder, p: PackedWeight, name: str, target: Target
+) -> tuple[ir.Value | None, ir.Value]:
+    """The kept levels in the form `target`, 1-D (None if there are none), and the bytes of the mask."""
     assert p.mask is not None
     kept: ir.Value | None = None
     if "packed" in p.arrays:
@@ -148,7 +148,7 @@ def group_runs(p: PackedWeight) -> tuple[int, int]:
 def spread_groups(
     b: GraphBuilder, parameter: ir.Value, runs: tuple[int, int, int], columns: int, node: str
 ) -> ir.Value:
-    """(rows, groups) -> (rows, columns), each value repeated over its group; rows may be 0, for "as they come"."""
+    """(rows, groups) -> (rows, columns), each value repeated over its group; rows 0 stand for any number."""
     rows, count, size = runs
     column = b.op("Reshape", [parameter, b.ints([rows, count, 1])], name=node)
     wide = b.op("Expand", [column, b.ints([1, 1, size])], name=node)

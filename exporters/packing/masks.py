@@ -1,12 +1,14 @@
 """Which weights are kept: bit masks, of single weights or of whole tiles, and what puts the kept values back.
 
-Decoding never asks for data-dependent shapes: the running count of the mask's bits (CumSum), zero where a bit is 0, is
-the index of each weight in [0, kept values..]. onnxruntime folds that, as it would not fold Compress.
+Decoding never asks for data-dependent shapes: the running count of the mask's bits (CumSum), zero where a
+bit is 0, is the index of each weight in [0, kept values..]. onnxruntime folds that, as it would not fold
+Compress.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import onnx_ir as ir
@@ -31,7 +33,8 @@ class TileMask:
     kept : int
         Number of tiles kept.
     squeezed : int
-        0, or 1 + the number of mask bytes that are not zero when only those are stored, behind one bit a byte.
+        0, or 1 + the number of mask bytes that are not zero when only those are stored, behind one bit a
+        byte.
     """
 
     height: int
@@ -83,8 +86,9 @@ class TileMask:
         """The inverse of `encode`: (rows, columns) levels."""
         tall, wide = self._tiles(rows, columns)
         if self.squeezed:
-            top = -(-(-(-tall * wide // 8)) // 8)
-            used = unpack_plane(data[None, :top], 1)[0][: -(-tall * wide // 8)].astype(bool)
+            size = ceil(tall * wide / 8)
+            top = ceil(size / 8)
+            used = unpack_plane(data[None, :top], 1)[0][:size].astype(bool)
             full = np.zeros(used.size, np.uint8)
             full[used] = data[top:]
             data = full
@@ -137,7 +141,7 @@ class TileMask:
 
 
 def running_index(b: GraphBuilder, data: ir.Value, count: int, name: str) -> ir.Value:
-    """Mask bytes -> int32 (count,): 0 where the bit is 0, else how many bits are set up to and with this one."""
+    """Mask bytes -> int32 (count,): 0 where the bit is 0, else how many are set up to and with it."""
     bits = b.reshape(lookup(b, BITS_OF_BYTE, data, name), [-1], name=name)
     if count % 8:
         bits = b.slice(bits, [0], [count], [0], name=name)

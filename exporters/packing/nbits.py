@@ -1,8 +1,9 @@
 """Packed weights in the form of com.microsoft::MatMulNBits: fields of 2, 4 or 8 bits, in blocks of every row.
 
-Where the fields of a byte follow from the bytes that are stored, bytes go to bytes through a table; else the levels are
-unpacked to a byte each and put together again. onnxruntime folds both before its kernel repacks the weight.
-Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+Where the fields of a byte follow from the bytes that are stored, bytes go to bytes through a table; else
+the levels are unpacked to a byte each and put together again. onnxruntime folds both before its kernel
+repacks the weight.
+Source: github.com/microsoft/onnxruntime, docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
 
 from __future__ import annotations
@@ -33,11 +34,10 @@ def nbits_for(p: PackedWeight) -> int:
 
 
 def nbits_shift(p: PackedWeight, bits: int) -> int:
-    """What is added to a level to make the field that MatMulNBits reads."""
-    if p.levels[0] < 0:
+    """What is added to a level to make the field that MatMulNBits reads: it puts the middle at 2^(bits-1)."""
+    if p.levels[0] < 0 or p.spec is None:
         return 2 ** (bits - 1)
-    own = int(p.spec.bits) if p.spec is not None else bits
-    return 2 ** (bits - 1) - 2 ** (own - 1)
+    return 2 ** (bits - 1) - 2 ** (int(p.spec.bits) - 1)
 
 
 def emit_nbits(
@@ -45,9 +45,9 @@ def emit_nbits(
 ) -> tuple[ir.Value, ir.Value]:
     """B and scales of MatMulNBits for the weight seen as (N, K), N its output channels.
 
-    The kernel computes `y = sum of s * (B - 2^(bits-1)) * x` when it is given no zero points. Levels l are stored as
-    `l + nbits_shift(p, bits)`. For linear ones that is the weight and nothing has to be corrected. Affine codes q are
-    stored around the middle, `q - c` with `c = 2^(b-1)`, b their own width, so that what is left to correct is small: the weight is
+    The kernel computes `y = sum of s * (B - 2^(bits-1)) * x` when it is given no zero points. Linear levels
+    are stored with 2^(bits-1) added, so that is the weight and nothing has to be corrected. Of affine codes
+    q the middle is put there: B - 2^(bits-1) = q - c, c = 2^(b-1), b their own width. The weight is
     `s * (q - z)`, so the caller adds, per block, `s * (c - z)` times the block's sum of x.
 
     Parameters
@@ -65,7 +65,8 @@ def emit_nbits(
     """
     if bits not in FIELDS or block_size < 16 or block_size & (block_size - 1):
         raise ValueError(
-            f"{name}: found bits={bits}, block_size={block_size}; expected 2, 4 or 8 and a power of two from 16 on"
+            f"{name}: found bits={bits}, block_size={block_size}; expected 2, 4 or 8 and a "
+            "power of two from 16 on"
         )
     if bits < nbits_for(p):
         raise ValueError(
@@ -77,17 +78,17 @@ def emit_nbits(
 def _emit_fields(b: GraphBuilder, p: PackedWeight, name: str, bits: int, block_size: int) -> ir.Value:
     node, (rows, columns) = f"{name}.unpack", p.rows
     blocks = -(-columns // block_size)
-    bytes_a_row = blocks * block_size * bits // 8
+    bytes_a_row, shift = blocks * block_size * bits // 8, nbits_shift(p, bits)
     if _bytes_suffice(p, bits):
         data = b.initializer(f"{name}.packed", p.arrays["packed"])
         assert isinstance(p.stream, Bits | Ternary)
-        fields = p.stream.emit_fields(b, data, p.numel // p.lead, node, bits)
+        fields = p.stream.emit_fields(b, data, p.numel // p.lead, node, bits, shift)
         have = columns * bits // 8
         if p.lead != rows:
             fields = b.reshape(fields, [rows, have], name=node)
         fields = _pad_columns(b, fields, bytes_a_row - have, node)
     elif isinstance(p.mask, NMMask) and p.mask.has_fields(bits) and columns * bits % 8 == 0:
-        kept, mask = emit_kept(b, p, name, Target(UINT8, 2 ** (bits - 1)))
+        kept, mask = emit_kept(b, p, name, Target(UINT8, shift))
         assert kept is not None
         fields = p.mask.emit_fields(b, mask, kept, (rows, columns), node, bits)
         have = columns * bits // 8
@@ -95,7 +96,6 @@ def _emit_fields(b: GraphBuilder, p: PackedWeight, name: str, bits: int, block_s
             fields = b.slice(fields, [0], [have], [1], name=node)
         fields = _pad_columns(b, fields, bytes_a_row - have, node)
     else:
-        shift = 2 ** (bits - 1) if p.levels[0] < 0 else 0
         codes = emit_rows(b, p, name, Target(UINT8, shift))
         codes = _pad_columns(b, codes, blocks * block_size - columns, node)
         fields = _join_fields(b, codes, (rows, bytes_a_row), bits, node)
@@ -145,7 +145,8 @@ def _emit_block_scales(b: GraphBuilder, p: PackedWeight, name: str, block_size: 
         return b.op("Expand", [scale, b.ints([rows, blocks])], name=node)
     if size % block_size:
         raise ValueError(
-            f"{name}: found groups of {size}; expected a multiple of block_size={block_size}; take a smaller block_size"
+            f"{name}: found groups of {size}; expected a multiple of block_size={block_size}; take a "
+            "smaller block_size"
         )
     if size == block_size:
         return scale

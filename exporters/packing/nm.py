@@ -1,7 +1,8 @@
 """N:M masks: exactly N of every M weights are kept, and a group stores which of the C(M, N) patterns it has.
 
-The smallest of three codings is taken: k patterns in one byte (2:4: 6^3 <= 256, 8/12 bit a weight), pattern numbers of a
-fixed width in bit planes (1:8: 3 bits, 3/8 bit a weight), or, for more than 256 patterns, the same with a compact table.
+The smallest of three codings is taken: k patterns in one byte (2:4: 6^3 <= 256, 8/12 bit a weight), pattern
+numbers of a fixed width in bit planes (1:8: 3 bits, 3/8 bit a weight), or, for more than 256 patterns, the
+same with a compact table.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ class NMMask:
 
     @staticmethod
     def encode(rows: np.ndarray, n: int, m: int) -> tuple[NMMask, np.ndarray, np.ndarray] | None:
-        """(R, K) levels -> the mask, its bytes, the kept levels; None when some group has more than N nonzeros."""
+        """(R, K) levels -> the mask, its bytes, the kept levels; None if a group has more than N nonzeros."""
         patterns = comb(m, n)
         if not 0 < n < m or patterns > MAX_PATTERNS:
             return None
         groups = padded(rows, m, 1).reshape(-1, m)
         if int((groups != 0).sum(axis=1).max(initial=0)) > n:
             return None
-        # Nonzeros first, then padding (its value is free), then zeros of the row, which the code must then hold.
+        # Nonzeros first, then padding (its value is free), then zeros of the row, which the code must hold.
         per_row = -(-rows.shape[1] // m)
         padding = np.tile((np.arange(per_row * m) >= rows.shape[1]).reshape(per_row, m), (rows.shape[0], 1))
         cost = np.where(groups != 0, 0, np.where(padding, 1, 2)).astype(np.uint8)
@@ -107,7 +108,7 @@ class NMMask:
         groups = self._groups(rows, columns)
         assert kept is not None
         values = b.reshape(kept, [groups, self.n], name=name)
-        # Column 0 is the zero, so a rank of 0 reads it: broadcast one zero a group through the padding of Pad.
+        # Column 0 is the zero, which a rank of 0 reads.
         pads = b.ints([0, 1, 0, 0])
         values = b.op("Pad", [values, pads, b.constant(zero.reshape(()), "zero")], name=name)
         spread = b.op(
@@ -126,8 +127,8 @@ class NMMask:
     ) -> ir.Value:
         """MatMulNBits' bytes (rows, whole groups * m * bits / 8), of fields that hold `level + 2^(bits-1)`.
 
-        Per pattern, one table has the pruned fields, and one for each kept value has a 1 in its field; times the
-        value, added up. Nothing is ever as large as a byte a weight.
+        Per pattern, one table has the pruned fields, and one for each kept value has a 1 in its field;
+        times the value, added up. Nothing is ever as large as a byte a weight.
         """
         rows, columns = shape
         groups = self._groups(rows, columns)

@@ -1,7 +1,7 @@
 """`PackedWeight`: a quantized or sparse weight as the bytes that land in a file; `pack` and `unpack`.
 
-`pack` takes the smallest format that is exact for the weight at hand; the formats are in dense.py, ternary.py, masks.py
-and nm.py. Nothing of ONNX lives here.
+`pack` takes the smallest format that is exact for the weight at hand; the formats are in dense.py,
+ternary.py, masks.py and nm.py. Nothing of ONNX lives here.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class PackedWeight:
     groups, spec, sparse
         As in `Quantized`.
     arrays : dict of str to ndarray
-        What a file holds: "packed", uint8 (lead, bytes), lead being the rows if each begins on a byte, else 1 (float32
-        values if spec is None); "mask", uint8, for sparse formats; "scale" and "zero_point", (rows, groups).
+        What a file holds: "packed", uint8 (lead, bytes), lead being the rows if each begins on a byte, else
+        1 (float32 values if spec is None); "mask", uint8, for sparse formats; "scale" and "zero_point",
+        (rows, groups).
     stream : Stream
         How "packed" holds the levels, or the kept levels of a sparse format.
     mask : Mask, optional
@@ -126,8 +127,8 @@ def pack(
     scale_dtype : float32 or float16
         In which type scales are stored; float16 rounds them.
     align_rows : bool
-        Begin each row on a byte and stay dense, so that single rows can be gathered (embeddings). Rows that fill whole
-        bytes anyway are stored so in any case.
+        Begin each row on a byte and stay dense, so that single rows can be gathered (embeddings). Rows that
+        fill whole bytes anyway are stored so in any case.
 
     Returns
     -------

@@ -1,6 +1,7 @@
 """What every stream of codes has in common: the interface, and the table look-up that decodes it in ONNX.
 
-A stream turns a matrix of integer levels (lead, count) into bytes (lead, size): `lead` rows that each start on a byte.
+A stream turns a matrix of integer levels (lead, count) into bytes (lead, size): `lead` rows that each start
+on a byte.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def padded(array: np.ndarray, multiple: int, axis: int = -1, value: int = 0) -> 
 
 
 def lookup(b: GraphBuilder, table: np.ndarray, index: ir.Value, name: str, *, cast: bool = True) -> ir.Value:
-    """`table[index]` along axis 0; the table is shared between layers, the index made int32 (half of int64)."""
+    """`table[index]` along axis 0; the table is shared between layers, the index made int32."""
     if cast:
         index = b.cast(index, ir.DataType.INT32, name=name)
     return b.op("Gather", [b.constant(table, "lut"), index], {"axis": 0}, name=name)
@@ -87,7 +88,7 @@ def trim(b: GraphBuilder, value: ir.Value, have: int, count: int, name: str) -> 
 
 
 def add(b: GraphBuilder, x: ir.Value, y: ir.Value, dtype: np.dtype, name: str) -> ir.Value:
-    """x + y. Add takes 8-bit integers from opset 14 on; below, it is done in int32 (wrapping in the cast back)."""
+    """x + y. Add takes 8-bit integers from opset 14 on; below, it is done in int32."""
     if b.opset >= 14 or dtype.itemsize > 1:
         return b.op("Add", [x, y], name=name)
     wide = b.op("Add", [b.cast(x, ir.DataType.INT32), b.cast(y, ir.DataType.INT32)], name=name)

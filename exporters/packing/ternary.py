@@ -1,12 +1,14 @@
 """The ternary stream: base 3, five levels -1, 0, +1 a byte (3^5 = 243 of 256 values), 1.6 bits a weight.
 
-A row is dealt out to four sub-streams, level i to sub-stream i % 4, and each is packed on its own. Four look-ups then
-give the four 2-bit fields of MatMulNBits' bytes directly, and no code is ever spread out to a byte of its own.
+A row is dealt out to four sub-streams, level i to sub-stream i % 4, and each is packed on its own. Four
+look-ups then give the four 2-bit fields of MatMulNBits' bytes directly, and no code is ever spread out to a
+byte of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import onnx_ir as ir
@@ -59,14 +61,16 @@ class Ternary:
         levels = b.op("Transpose", [lanes], {"perm": [0, 2, 1]}, name=name)
         return trim(b, flatten_rows(b, levels, LANES * length, name), LANES * length, count, name)
 
-    def emit_fields(self, b: GraphBuilder, data: ir.Value, count: int, name: str, bits: int) -> ir.Value:
-        """(lead, size) -> (lead, count / 4) bytes of 2-bit fields `level + 2`: a look-up a lane, added up."""
+    def emit_fields(
+        self, b: GraphBuilder, data: ir.Value, count: int, name: str, bits: int, shift: int
+    ) -> ir.Value:
+        """(lead, size) -> (lead, count / 4) bytes of 2-bit fields `level + shift`: a look-up a lane."""
         if bits != 2:
             raise ValueError(f"{name}: ternary lanes hold 2-bit fields, found bits={bits}")
         size, total = _lane_bytes(count), None
         for lane in range(LANES):
             part = b.slice(data, [lane * size], [(lane + 1) * size], [1], name=name)
-            table = ((LEVELS + 2) << (2 * lane)).astype(np.uint8)
+            table = ((LEVELS + shift) << (2 * lane)).astype(np.uint8)
             values = flatten_rows(b, lookup(b, table, part, name), size * PER_BYTE, name)
             total = values if total is None else add(b, total, values, table.dtype, name)
         assert total is not None
@@ -74,4 +78,4 @@ class Ternary:
 
 
 def _lane_bytes(count: int) -> int:
-    return -(-(-(-count // LANES)) // PER_BYTE)
+    return ceil(ceil(count / LANES) / PER_BYTE)

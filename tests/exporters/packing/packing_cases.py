@@ -30,7 +30,7 @@ def make_weight(
     group: str | int = "channel",
     seed: int = 0,
 ) -> Quantized:
-    """A weight of random codes of its alphabet, pruned as said; `group` is "channel", "tensor" or a block length."""
+    """A weight of random codes, pruned as said; `group` is "channel", "tensor" or a block length."""
     random = torch.Generator().manual_seed(seed)
     sparse = SparsitySpec.parse(sparsity) if sparsity else None
     spec = None

@@ -1,4 +1,4 @@
-"""MatMulNBits fed from packed weights: the bytes it reads, its result, and that nothing else is left in the graph."""
+"""MatMulNBits fed from packed weights: the bytes it reads, its result, and nothing else left in the graph."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import pytest
 from packing_cases import BITS, LEVELS, SPARSITIES, folded, make_weight, session
 
 from qgraph.exporters.lowering.builder import MICROSOFT, GraphBuilder
-from qgraph.exporters.packing import emit_nbits, nbits_for, pack
+from qgraph.exporters.packing import emit_nbits, nbits_for, nbits_shift, pack
 
 
 def expected_fields(q, p, bits, block_size):
-    """What MatMulNBits' documentation asks for, spelled out: (B, B - zero point)."""
+    """What MatMulNBits' documentation asks for, spelled out: (B, B - zero point), padded with 0."""
     n, k = p.rows
     levels = q.groups.sparsity_rows().to_rows(q.codes).numpy().astype(int)
     fields = np.zeros((n, -(-k // block_size) * block_size), int)
-    fields[:, :k] = levels + (2 ** (bits - 1) if p.levels[0] < 0 else 0)
+    fields[:, :k] = levels + nbits_shift(p, bits)
     per = 8 // bits
     packed = sum(fields.reshape(n, -1, per)[:, :, i] << (bits * i) for i in range(per))
     return packed.reshape(n, -1, block_size * bits // 8), fields[:, :k] - 2 ** (bits - 1)
@@ -42,15 +42,18 @@ def check(q, bits, block_size, tmp_path, **options):
         reference = values.astype(np.float64) @ wide.T
         # Float sums of k terms in another order: a few ulp of the largest sum of magnitudes.
         np.testing.assert_allclose(got, reference, atol=1e-6 * (np.abs(values) @ np.abs(wide).T).max() + 1e-7)
-        if p.spec is not None and p.spec.scheme == "linear":  # no correction needed: this is the weight
-            rows = q.groups.sparsity_rows().to_rows(q.dequantize()).numpy()
-            np.testing.assert_allclose(wide, rows, rtol=1e-6)
+        if q.spec.scheme == "affine":  # the correction that is left to the caller
+            size = q.groups.block or k
+            shift = np.repeat(2 ** (q.spec.bits - 1) - q.zero_point.numpy(), size, axis=1)[:, :k]
+            wide = wide + np.repeat(block_scales, block_size, axis=1)[:, :k] * shift
+        rows = q.groups.sparsity_rows().to_rows(q.dequantize()).numpy()
+        np.testing.assert_allclose(wide, rows, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scheme", ["affine", "linear"])
 def test_dense(bits, scheme, tmp_path):
-    # Whole blocks, a ragged last block, rows that end inside a byte, groups of two blocks, a scale for all, K x N.
+    # Whole blocks, a ragged last one, rows that end inside a byte, groups of two blocks, one scale, K x N.
     cases = [
         ((8, 64), 0, "channel"),
         ((7, 52), 0, 16),

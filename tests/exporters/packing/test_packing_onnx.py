@@ -1,4 +1,4 @@
-"""The ONNX decoders: exact in onnxruntime and in onnx.reference, and folded to nothing when the file is loaded."""
+"""The ONNX decoders: exact in onnxruntime and in onnx.reference, and folded to nothing at load time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def decoder(q, opset, **options):
 
 
 def check(q, opset, **options):
-    """Decode in every runtime and compare with numpy; bit for bit, floats too: both do one subtraction, one product."""
+    """Decode in every runtime and compare, bit for bit; floats too: all do one subtraction, one product."""
     _, model = decoder(q, opset, **options)
     wanted = ([] if q.codes is None else [q.codes.numpy()]) + [q.dequantize().numpy()]
     for results in run_everywhere(model, {}):

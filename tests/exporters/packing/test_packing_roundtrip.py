@@ -1,4 +1,4 @@
-"""unpack(pack(q)) is q, for every width, shape, group and sparsity; and the bytes are as few as the format allows."""
+"""unpack(pack(q)) is q, for every width, shape, group and sparsity; and no byte more than needed."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_n_of_m_bytes(sparsity, bits):
         kept = torch.arange(16 * m) % m < n
         q = Quantized(torch.where(kept, 5, 0).short().expand(shape), q.scale, None, q.groups, q.spec, True)
     ideal = prod(shape) * (log2(comb(m, n)) + n * bits) / m / 8
-    # More than 256 patterns need a table, which is shared by all layers; where it does not pay, a bit a weight does.
+    # More than 256 patterns need a table, shared by all layers; where it does not pay, a bit a weight does.
     table = comb(m, n) * -(-m // 8) if comb(m, n) > 256 else 0
     bit_mask = prod(shape) * (1 + n / m * bits) / 8
     assert pack(q).code_nbytes <= min(ideal * SLACK[sparsity] + table, bit_mask) + 8
@@ -162,9 +162,7 @@ def test_rows_that_fill_bytes_are_stored_by_rows_for_free():
 
 @pytest.mark.parametrize("stream", [*(Bits.affine(b) for b in range(1, 9)), Ternary()])
 def test_the_code_of_a_level_follows_from_offset_and_step(stream):
-    if isinstance(stream, Ternary):
-        levels = np.array([[-1, 0, 1]])
-    else:
-        levels = np.arange(2**stream.bits)[None]
+    codes = np.arange(3 if isinstance(stream, Ternary) else 2**stream.bits)[None]
+    levels = codes * stream.step + stream.offset
     assert np.array_equal(stream.decode(stream.encode(levels), levels.shape[1]), levels)
     assert stream.size(levels.shape[1]) == stream.encode(levels).shape[1]
