@@ -44,6 +44,17 @@ def test_compile_in_one_graph(spec):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_compiled_code_follows_the_spec():
+    """Specs that differ in one number are not confused, and a number that varies does not become a symbol."""
+    torch._dynamo.reset()
+    compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
+    x, step, _ = sample()
+    for lam in (0.01, 0.5, 0.02):
+        for bits in (4, 8):
+            spec = QuantSpec(bits, "affine", "block", 16, lam=lam)
+            torch.testing.assert_close(compiled(x, spec, step), quantized(x, spec, step))
+
+
 def test_compile_sparse():
     torch._dynamo.reset()
     w, _, h = sample((8, 40))
