@@ -170,7 +170,8 @@ class SiteRecord:
     """One weight operand of a prepared model.
 
     ``path``: the module whose forward makes the call; ``name``: the weight; ``shape``: the weight's; ``reason``: why it
-    is left float, or None; ``captured``: in a graph, or quantized while Python runs.
+    is left float, or None; ``captured``: in a graph, or quantized while Python runs; ``sources``: the parameters (or
+    the modules that make them) that it derives from; ``node``: the operand in its graph, before any quantizer.
     """
 
     path: str
@@ -185,6 +186,8 @@ class SiteRecord:
     reason: str | None
     captured: bool
     quantizer: WeightQuantizer | None
+    sources: tuple[str, ...] = ()
+    node: fx.Node | None = None
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -224,17 +227,17 @@ def sites(model: nn.Module) -> list[SiteRecord]:
                     node = unquantized(found.operand_node(placed))
                     shape = tuple(node.meta.get("shape", ()))
                     where = found.node.meta.get("where", "")
-                    record = _record(owner, found.site, placed, shape, where, True)
+                    record = _record(owner, found.site, placed, shape, where, node)
                     records.setdefault((path, placed.site, record.op), record)
         for site, where, shapes in state.python_sites.values():
             for placed, shape in zip(site.weights, shapes, strict=True):
-                record = _record(owner, site, placed, shape, where, False)
+                record = _record(owner, site, placed, shape, where, None)
                 records.setdefault((path, placed.site, record.op), record)
     return list(records.values())
 
 
 def _record(
-    owner: Owner, site: Site, placed: Any, shape: tuple[int, ...], where: str, captured: bool
+    owner: Owner, site: Site, placed: Any, shape: tuple[int, ...], where: str, node: fx.Node | None
 ) -> SiteRecord:
     config = owner.config
     container = owner.module._modules.get("qgraph")
@@ -265,8 +268,10 @@ def _record(
         groups=holder.groups if holder is not None else None,
         where=where,
         reason=reason,
-        captured=captured,
+        captured=node is not None,
         quantizer=quantizer,
+        sources=placed.source.names,
+        node=node,
     )
 
 
