@@ -18,9 +18,9 @@ def emit_gather_rows(b: GraphBuilder, p: PackedWeight, name: str, indices: ir.Va
     Parameters
     ----------
     p : PackedWeight
-        Of a (rows, features) weight, channels along axis 0. Packed with `align_rows=True` it is stored as
-        it is (and shared with other uses of the same `p` and `name`); else it is packed anew, dense and by
-        rows, as `<name>.rows`.
+        Of a (rows, features) weight, channels along axis 0. If it is `aligned` (`pack` with `align_rows=True`)
+        it is stored as it is, shared with other uses of the same `p` and `name`; else it is packed anew, by
+        rows, as `<name>.rows.packed`.
     indices : ir.Value, int32 or int64
         Of any rank, dynamic sizes included.
     """
@@ -30,16 +30,29 @@ def emit_gather_rows(b: GraphBuilder, p: PackedWeight, name: str, indices: ir.Va
         raise ValueError(
             f"{name}: found shape {p.shape}, groups {p.groups}; expected (rows, features), channel axis 0"
         )
-    data_name = f"{name}.packed"
-    if p.mask is not None or p.lead != rows:
-        p, data_name = pack(unpack(p), align_rows=True), f"{name}.rows"
     flat = b.op("Reshape", [indices, b.ints([-1])], name=node)
-    data = b.op("Gather", [b.initializer(data_name, p.arrays["packed"]), flat], {"axis": 0}, name=node)
-    value = p.stream.emit(b, data, features, node, Target(np.dtype(np.float32)))
+    value = _levels(b, p, name, flat)
     if p.spec is not None:
         value = _scaled(b, p, name, value, flat)
     shape = b.op("Concat", [b.op("Shape", [indices], name=node), b.ints([features])], {"axis": 0}, name=node)
     return b.op("Reshape", [value, shape], name=node)
+
+
+def _levels(b: GraphBuilder, p: PackedWeight, name: str, flat: ir.Value) -> ir.Value:
+    """The levels of the rows asked for, float32 (n, features)."""
+    stored = name
+    if not p.aligned:
+        p, stored = pack(unpack(p), align_rows=True), f"{name}.rows"
+    node, features, target = f"{name}.gather", p.rows[1], Target(np.dtype(np.float32))
+
+    def rows_of(part: str) -> ir.Value:
+        table = b.initializer(f"{stored}.{part}", p.arrays[part])
+        return b.op("Gather", [table, flat], {"axis": 0}, name=node)
+
+    if p.mask is None:
+        return p.stream.emit(b, rows_of("packed"), features, node, target)
+    kept = p.stream.emit(b, rows_of("packed"), p.mask.count(1, features), node, target)
+    return p.mask.emit(b, rows_of("mask"), kept, target.scalar(), (-1, features), node, aligned=True)
 
 
 def _scaled(b: GraphBuilder, p: PackedWeight, name: str, levels: ir.Value, flat: ir.Value) -> ir.Value:

@@ -103,19 +103,19 @@ def emit_rows(b: GraphBuilder, p: PackedWeight, name: str, target: Target) -> ir
         levels = p.stream.emit(b, data, p.numel // p.lead, node, target)
         return levels if p.lead == rows else b.reshape(levels, [rows, columns], name=node)
     kept, mask = emit_kept(b, p, name, target)
-    return p.mask.emit(b, mask, kept, target.scalar(), (rows, columns), node)
+    return p.mask.emit(b, mask, kept, target.scalar(), (rows, columns), node, p.aligned)
 
 
 def emit_kept(
     b: GraphBuilder, p: PackedWeight, name: str, target: Target
 ) -> tuple[ir.Value | None, ir.Value]:
-    """The kept levels in the form `target`, 1-D (None if there are none), and the bytes of the mask."""
+    """The kept levels in the form `target`, (lead, count) or None, and the bytes of the mask."""
     assert p.mask is not None
     kept: ir.Value | None = None
     if "packed" in p.arrays:
-        count, node = p.mask.count(*p.rows), f"{name}.unpack"
-        kept = p.stream.emit(b, b.initializer(f"{name}.packed", p.arrays["packed"]), count, node, target)
-        kept = b.reshape(kept, [count], name=node)
+        count = p.mask.count(*p.rows) // p.lead
+        data = b.initializer(f"{name}.packed", p.arrays["packed"])
+        kept = p.stream.emit(b, data, count, f"{name}.unpack", target)
     return kept, b.initializer(f"{name}.mask", p.arrays["mask"])
 
 

@@ -54,7 +54,7 @@ class TileMask:
 
     @staticmethod
     def encode(rows: np.ndarray, height: int, width: int) -> tuple[TileMask, np.ndarray, np.ndarray]:
-        """(R, K) levels -> the mask, its bytes, and the kept levels, tile by tile."""
+        """(R, K) levels -> the mask, its bytes (1-D), and the kept levels (1, count), tile by tile."""
         whole = padded(padded(rows, height, 0), width, 1)
         tall, wide = whole.shape[0] // height, whole.shape[1] // width
         tiles = (
@@ -76,7 +76,7 @@ class TileMask:
         if top.size + int(used.sum()) < data.size:
             squeezed = 1 + int(used.sum())
             data = np.concatenate([top, data[used]])
-        return TileMask(height, width, len(kept), squeezed), data, kept.reshape(-1)
+        return TileMask(height, width, len(kept), squeezed), data, kept.reshape(1, -1)
 
     def count(self, rows: int, columns: int) -> int:
         """How many kept values there are."""
@@ -106,8 +106,9 @@ class TileMask:
         zero: np.ndarray,
         shape: tuple[int, int],
         name: str,
+        aligned: bool = False,
     ) -> ir.Value:
-        """ONNX: mask bytes (1-D) and kept values (1-D, None when there are none) -> (rows, columns)."""
+        """ONNX: mask bytes (1-D) and kept values ((1, count), or None) -> (rows, columns)."""
         rows, columns = shape
         tall, wide = self._tiles(rows, columns)
         if self.squeezed:
@@ -115,7 +116,7 @@ class TileMask:
         area = self.height * self.width
         table = b.constant(np.broadcast_to(zero, (1, area) if area > 1 else (1,)), "zero")
         if kept is not None:
-            values = b.reshape(kept, [self.kept, area], name=name) if area > 1 else kept
+            values = b.reshape(kept, [self.kept, area] if area > 1 else [self.kept], name=name)
             table = b.op("Concat", [table, values], {"axis": 0}, name=name)
         tiles = b.op("Gather", [table, running_index(b, data, tall * wide, name)], {"axis": 0}, name=name)
         if area > 1:

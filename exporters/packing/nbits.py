@@ -90,7 +90,7 @@ def _emit_fields(b: GraphBuilder, p: PackedWeight, name: str, bits: int, block_s
     elif isinstance(p.mask, NMMask) and p.mask.has_fields(bits) and columns * bits % 8 == 0:
         kept, mask = emit_kept(b, p, name, Target(UINT8, shift))
         assert kept is not None
-        fields = p.mask.emit_fields(b, mask, kept, (rows, columns), node, bits)
+        fields = p.mask.emit_fields(b, mask, kept, (rows, columns), node, bits, p.aligned)
         have = columns * bits // 8
         if columns % p.mask.m:
             fields = b.slice(fields, [0], [have], [1], name=node)

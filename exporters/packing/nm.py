@@ -19,7 +19,7 @@ from qgraph.exporters.lowering.builder import GraphBuilder
 
 from .dense import Bits, pack_plane
 from .masks import BITS_OF_BYTE, FREE, ranks_in_rows
-from .streams import Target, add, lookup, padded
+from .streams import Target, add, flatten_rows, lookup, padded, trim
 
 MAX_PATTERNS = 1 << 16
 SMALL_TABLE = 4096  # bytes; beyond it a table counts against the format and is stored as bit masks
@@ -54,8 +54,14 @@ class NMMask:
         return size if self._compact else 0
 
     @staticmethod
-    def encode(rows: np.ndarray, n: int, m: int) -> tuple[NMMask, np.ndarray, np.ndarray] | None:
-        """(R, K) levels -> the mask, its bytes, the kept levels; None if a group has more than N nonzeros."""
+    def encode(
+        rows: np.ndarray, n: int, m: int, aligned: bool = False
+    ) -> tuple[NMMask, np.ndarray, np.ndarray] | None:
+        """(R, K) levels -> the mask, its bytes (lead, size) and the kept levels (lead, count).
+
+        Lead is R when rows are to begin on bytes (`aligned`), else 1. None if a group has more than N
+        nonzeros.
+        """
         patterns = comb(m, n)
         if not 0 < n < m or patterns > MAX_PATTERNS:
             return None
@@ -69,10 +75,9 @@ class NMMask:
         places = np.sort(np.argsort(cost, axis=1, kind="stable")[:, :n], axis=1)
         kept = np.take_along_axis(groups, places, axis=1)
         kept[np.take_along_axis(padding, places, axis=1)] = FREE
-        numbers = _numbers(places)
-        per_byte = _best_per_byte(len(numbers), patterns)
-        mask = NMMask(n, m, per_byte)
-        return mask, mask._store(numbers), kept.reshape(-1)
+        numbers = _numbers(places).reshape(rows.shape[0] if aligned else 1, -1)
+        mask = NMMask(n, m, _best_per_byte(numbers.shape[1], patterns))
+        return mask, mask._store(numbers), kept.reshape(len(numbers), -1)
 
     def count(self, rows: int, columns: int) -> int:
         """How many kept values there are."""
@@ -80,18 +85,20 @@ class NMMask:
 
     def decode(self, data: np.ndarray, kept: np.ndarray, rows: int, columns: int) -> np.ndarray:
         """The inverse of `encode`: (rows, columns) levels."""
-        groups = self._groups(rows, columns)
+        lead, groups = len(data), self._groups(rows, columns) // len(data)
         if self.per_byte:
-            numbers = _digits(data.astype(np.int64), comb(self.m, self.n), self.per_byte).reshape(-1)[:groups]
+            numbers = _digits(data.astype(np.int64), comb(self.m, self.n), self.per_byte)
+            numbers = numbers.reshape(lead, -1)[:, :groups]
         else:
-            numbers = np.zeros(groups, np.int64)
+            numbers = np.zeros((lead, groups), np.int64)
             start = 0
             for bits, shift in self._widths:
                 end = start + Bits(bits).size(groups)
-                numbers |= Bits(bits).decode(data[None, start:end], groups)[0].astype(np.int64) << shift
+                numbers |= Bits(bits).decode(data[:, start:end], groups).astype(np.int64) << shift
                 start = end
-        out = np.zeros((groups, self.m), kept.dtype)
-        np.put_along_axis(out, _places(self.n, self.m)[numbers], kept.reshape(groups, self.n), axis=1)
+        out = np.zeros((lead * groups, self.m), kept.dtype)
+        places = _places(self.n, self.m)[numbers.reshape(-1)]
+        np.put_along_axis(out, places, kept.reshape(lead * groups, self.n), axis=1)
         return out.reshape(rows, -1)[:, :columns]
 
     def emit(
@@ -102,12 +109,16 @@ class NMMask:
         zero: np.ndarray,
         shape: tuple[int, int],
         name: str,
+        aligned: bool = False,
     ) -> ir.Value:
-        """ONNX: mask bytes (1-D) and kept values (1-D) -> (rows, columns)."""
+        """ONNX: mask bytes (lead, size) and kept values (lead, count) -> (rows, columns).
+
+        With `aligned`, each row begins on a byte, and rows may be -1: any number of them.
+        """
         rows, columns = shape
-        groups = self._groups(rows, columns)
+        groups = self._groups(1 if aligned else rows, columns)
         assert kept is not None
-        values = b.reshape(kept, [groups, self.n], name=name)
+        values = b.reshape(kept, [-1, self.n], name=name)
         # Column 0 is the zero, which a rank of 0 reads.
         pads = b.ints([0, 1, 0, 0])
         values = b.op("Pad", [values, pads, b.constant(zero.reshape(()), "zero")], name=name)
@@ -123,7 +134,14 @@ class NMMask:
         return bits < 8 and self.m * bits % 8 == 0 and not self._compact
 
     def emit_fields(
-        self, b: GraphBuilder, data: ir.Value, kept: ir.Value, shape: tuple[int, int], name: str, bits: int
+        self,
+        b: GraphBuilder,
+        data: ir.Value,
+        kept: ir.Value,
+        shape: tuple[int, int],
+        name: str,
+        bits: int,
+        aligned: bool = False,
     ) -> ir.Value:
         """MatMulNBits' bytes (rows, whole groups * m * bits / 8), of fields that hold `level + 2^(bits-1)`.
 
@@ -131,16 +149,16 @@ class NMMask:
         times the value, added up. Nothing is ever as large as a byte a weight.
         """
         rows, columns = shape
-        groups = self._groups(rows, columns)
+        groups = self._groups(1 if aligned else rows, columns)
         ranks = _rank_table(self.n, self.m)
         tables = [pack_plane((ranks == 0).astype(np.uint8) << (bits - 1), bits)]
         tables += [pack_plane((ranks == j + 1).astype(np.uint8), bits) for j in range(self.n)]
         total, *ones = self._emit_patterns(b, data, groups, tables, name)
-        values = b.reshape(kept, [groups, self.n], name=name)
+        values = b.reshape(kept, [-1, self.n], name=name)
         for j, one in enumerate(ones):
             value = values if self.n == 1 else b.slice(values, [j], [j + 1], [1], name=name)
             total = add(b, total, b.op("Mul", [one, value], name=name), UINT8.dtype, name)
-        return b.reshape(total, [rows, groups // max(1, rows) * self.m * bits // 8], name=name)
+        return b.reshape(total, [rows, self._groups(1, columns) * self.m * bits // 8], name=name)
 
     @property
     def _compact(self) -> bool:
@@ -158,21 +176,20 @@ class NMMask:
     def _store(self, numbers: np.ndarray) -> np.ndarray:
         if self.per_byte:
             weights = comb(self.m, self.n) ** np.arange(self.per_byte)
-            return (padded(numbers, self.per_byte).reshape(-1, self.per_byte) @ weights).astype(np.uint8)
-        parts = [
-            Bits(bits).encode(((numbers >> shift) & (2**bits - 1))[None])[0] for bits, shift in self._widths
-        ]
-        return np.concatenate(parts)
+            whole = padded(numbers, self.per_byte)
+            return (whole.reshape(len(numbers), -1, self.per_byte) @ weights).astype(np.uint8)
+        parts = [Bits(bits).encode((numbers >> shift) & (2**bits - 1)) for bits, shift in self._widths]
+        return np.concatenate(parts, axis=1)
 
     def _emit_ranks(self, b: GraphBuilder, data: ir.Value, groups: int, name: str) -> ir.Value:
-        """int32 (groups, m): 0 where pruned, else the rank of the kept value in its group, from 1."""
+        """int32 (lead * groups, m): 0 where pruned, else the rank of the kept value in its group, from 1."""
         ranks = _rank_table(self.n, self.m)
         if not self._compact:
             (found,) = self._emit_patterns(b, data, groups, [ranks], name)
             return b.cast(found, ir.DataType.INT32, name=name)
         masks = pack_plane((ranks > 0).astype(np.uint8), 1)
         (found,) = self._emit_patterns(b, data, groups, [masks], name)
-        bits = b.reshape(lookup(b, BITS_OF_BYTE, found, name), [groups, masks.shape[1] * 8], name=name)
+        bits = b.reshape(lookup(b, BITS_OF_BYTE, found, name), [-1, masks.shape[1] * 8], name=name)
         if self.m % 8:
             bits = b.slice(bits, [0], [self.m], [1], name=name)
         return ranks_in_rows(b, bits, name)
@@ -180,7 +197,7 @@ class NMMask:
     def _emit_patterns(
         self, b: GraphBuilder, data: ir.Value, groups: int, tables: list[np.ndarray], name: str
     ) -> list[ir.Value]:
-        """For each table (patterns, width): its row for the pattern of every group, (groups, width)."""
+        """For each table (patterns, width): its row for each group's pattern, (lead * groups, width)."""
         if not self.per_byte:
             index = self._emit_numbers(b, data, groups, name)
             return [lookup(b, table, index, name, cast=False) for table in tables]
@@ -191,10 +208,11 @@ class NMMask:
         for table in tables:
             joint = table[digits].reshape(len(digits), -1)
             values = lookup(b, joint, index, name, cast=False)
-            values = b.reshape(values, [-1, table.shape[1]], name=name)
             if groups % self.per_byte:
-                values = b.slice(values, [0], [groups], [0], name=name)
-            results.append(values)
+                have = -(-groups // self.per_byte) * self.per_byte * table.shape[1]
+                values = flatten_rows(b, values, have, name)
+                values = trim(b, values, have, groups * table.shape[1], name)
+            results.append(b.reshape(values, [-1, table.shape[1]], name=name))
         return results
 
     def _emit_numbers(self, b: GraphBuilder, data: ir.Value, groups: int, name: str) -> ir.Value:
@@ -202,15 +220,14 @@ class NMMask:
         start = 0
         for bits, shift in self._widths:
             end = start + Bits(bits).size(groups)
-            part = data if len(self._widths) == 1 else b.slice(data, [start], [end], [0], name=name)
-            part = b.reshape(part, [1, end - start], name=name)
+            part = data if len(self._widths) == 1 else b.slice(data, [start], [end], [1], name=name)
             part = b.cast(Bits(bits).emit(b, part, groups, name, UINT8), ir.DataType.INT32, name=name)
             if shift:
                 part = b.op("Mul", [part, b.constant(np.array(1 << shift, np.int32), "scale")], name=name)
             total = part if total is None else b.op("Add", [total, part], name=name)
             start = end
         assert total is not None
-        return b.reshape(total, [groups], name=name)
+        return b.reshape(total, [-1], name=name)
 
 
 def _best_per_byte(groups: int, patterns: int) -> int:
@@ -223,7 +240,7 @@ def _best_per_byte(groups: int, patterns: int) -> int:
 
 
 def _digits(numbers: np.ndarray, base: int, count: int) -> np.ndarray:
-    return numbers[:, None] // base ** np.arange(count) % base
+    return numbers[..., None] // base ** np.arange(count) % base
 
 
 def _numbers(places: np.ndarray) -> np.ndarray:

@@ -102,6 +102,11 @@ class PackedWeight:
         return self.arrays["packed"].shape[0] if "packed" in self.arrays else 1
 
     @property
+    def aligned(self) -> bool:
+        """Whether single rows can be taken out: each begins on a byte."""
+        return self.lead == self.rows[0] and not isinstance(self.mask, TileMask)
+
+    @property
     def levels(self) -> tuple[int, int]:
         """Smallest and largest level that may occur."""
         if self.spec is None:
@@ -127,8 +132,8 @@ def pack(
     scale_dtype : float32 or float16
         In which type scales are stored; float16 rounds them.
     align_rows : bool
-        Begin each row on a byte and stay dense, so that single rows can be gathered (embeddings). Rows that
-        fill whole bytes anyway are stored so in any case.
+        Begin each row on a byte, so that single rows can be gathered (embeddings); of the sparse formats
+        only N:M can. Rows that fill whole bytes anyway are stored so in any case.
 
     Returns
     -------
@@ -149,8 +154,8 @@ def pack(
         arrays["zero_point"] = q.zero_point.detach().cpu().numpy().astype(np.float32)
     best = _dense(rows, q.spec, align_rows)
     symmetric = q.spec is None or q.spec.scheme == "linear"
-    if q.sparse and symmetric and not align_rows:
-        best = min([best, *_sparse(rows, q.spec, sparsity)], key=_cost)
+    if q.sparse and symmetric and rows.size:
+        best = min([best, *_sparse(rows, q.spec, sparsity, align_rows)], key=_cost)
     codes, stream, mask = best
     return PackedWeight(shape, q.groups, q.spec, q.sparse, codes | arrays, stream, mask)
 
@@ -164,7 +169,9 @@ def unpack(p: PackedWeight) -> Quantized:
     else:
         count = p.mask.count(rows, columns)
         kind = np.float32 if p.spec is None else np.int16
-        kept = p.stream.decode(p.arrays["packed"], count)[0] if "packed" in p.arrays else np.zeros(0, kind)
+        kept = np.zeros((1, 0), kind)
+        if "packed" in p.arrays:
+            kept = p.stream.decode(p.arrays["packed"], count // p.lead)
         levels = p.mask.decode(p.arrays["mask"], kept, rows, columns)
     tensor = torch.from_numpy(np.ascontiguousarray(levels))
     tensor = p.groups.sparsity_rows().from_rows(tensor, p.shape).contiguous()
@@ -218,20 +225,22 @@ def _stream_for(levels: np.ndarray, spec: QuantSpec | None) -> Stream:
     return Bits.linear(max(2, int(spec.bits)))
 
 
-def _sparse(rows: np.ndarray, spec: QuantSpec | None, sparsity: SparsitySpec | None) -> list[_Coded]:
-    coded = [TileMask.encode(rows, 1, 1)]
-    tile = _tile_of(rows, sparsity)
-    if tile is not None:
-        coded.append(TileMask.encode(rows, *tile))
-    result = [_with_kept(*item, spec) for item in coded]
+def _sparse(
+    rows: np.ndarray, spec: QuantSpec | None, sparsity: SparsitySpec | None, align_rows: bool
+) -> list[_Coded]:
     pattern = _pattern_of(rows, sparsity)
-    found = NMMask.encode(rows, *pattern) if pattern is not None else None
-    return result if found is None else [*result, _with_kept(*found, spec)]
+    found = NMMask.encode(rows, *pattern, align_rows) if pattern is not None else None
+    result = [] if found is None else [_with_kept(*found, spec)]
+    if align_rows:
+        return result
+    tile = _tile_of(rows, sparsity)
+    tiles = [(1, 1)] if tile is None else [(1, 1), tile]
+    return result + [_with_kept(*TileMask.encode(rows, *tile), spec) for tile in tiles]
 
 
 def _with_kept(mask: Mask, data: np.ndarray, kept: np.ndarray, spec: QuantSpec | None) -> _Coded:
     stream = _stream_for(kept, spec)
-    arrays = {"packed": stream.encode(kept[None])} if kept.size else {}
+    arrays = {"packed": stream.encode(kept)} if kept.size else {}
     return arrays | {"mask": data}, stream, mask
 
 

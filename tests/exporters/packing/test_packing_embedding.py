@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from packing_cases import BITS, LEVELS, folded, make_weight, run_everywhere
 
@@ -43,10 +44,18 @@ def test_the_table_stays_packed(bits, tmp_path):
     biggest = max(
         p.arrays["packed"].nbytes, p.arrays["scale"].nbytes, 256 * 8 * 4
     )  # a float table of one bit plane
-    import onnx
-
     for tensor in onnx.load(str(tmp_path / "optimized.onnx")).graph.initializer:
         assert onnx.numpy_helper.to_array(tensor).nbytes <= biggest
+
+
+def test_pruned_tables_stay_pruned():
+    """N:M goes by rows too, so a sparse embedding is as small as any other sparse weight."""
+    q = make_weight(4, (50, 48), sparsity="2:4")
+    p = pack(q, align_rows=True)
+    assert p.format == "2:4+bits4" and p.aligned
+    assert p.code_nbytes == 50 * (48 * 4 // 2 // 8 + 4)  # 12 groups a row, three patterns a byte
+    model = gathering(p, (50, 48), 18).model()
+    assert sum(tensor.name == "embedding.weight.mask" for tensor in model.graph.initializer) == 1
 
 
 def test_a_tied_table_is_stored_once():
