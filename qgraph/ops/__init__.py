@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec
-from qgraph.ops.codes import scale_is_mean
+from qgraph.ops.codes import is_binary, scale_is_mean
 from qgraph.ops.ddt import DDT
 from qgraph.ops.groups import Groups
 from qgraph.ops.lsq import LearnedStep, lsq_initial_step, required_step
@@ -61,9 +61,9 @@ def fake_quantize(
     >>> len(y[0].unique())
     2
     """
-    # torch.compile would make symbols of the numbers of specs that vary, and then fails where two calls share one;
-    # hashing makes them guarded constants.
-    hash((spec, groups))
+    # torch.compile makes symbols of the numbers of specs that vary, and then fails where two calls share one;
+    # evaluated and hashed here, they are guarded constants.
+    hash((spec, spec.levels, is_binary(spec), scale_is_mean(spec), groups))
     if x.numel() == 0:
         return x.clone()
     order = groups.memory_order(x)

@@ -47,8 +47,8 @@ def affine_scale(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
 def linear_scale(x: Tensor, spec: QuantSpec, sparse: bool) -> Tensor:
     """Step of each group for levels symmetric about 0, shape (rows, groups, 1): `scale_is_mean` says which.
 
-    With `sparse` the mean is that of the kept (nonzero) values. A group of zeros has the step 0; `nonzero_scale`
-    gives what to divide by.
+    With `sparse` the mean is that of the kept (nonzero) values. A group of zeros has the step 0;
+    `nonzero_scale` gives what to divide by.
     """
     if scale_is_mean(spec):
         return mean_magnitude(x, sparse)

@@ -104,8 +104,8 @@ class Groups:
     def memory_order(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], Groups] | None:
         """For a channels-last tensor whose groups are whole rows: a permutation that makes it contiguous.
 
-        Returns the permutation, its inverse and the groups of the permuted tensor, or None where `x` needs none
-        (it is contiguous) or the order of values matters (blocks, tokens).
+        Returns the permutation, its inverse and the groups of the permuted tensor, or None where `x` needs
+        none (it is contiguous) or the order of values matters (blocks, tokens).
         """
         if self.block is not None or self.kind == "token" or x.dim() not in (4, 5) or x.is_contiguous():
             return None

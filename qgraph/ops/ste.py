@@ -78,7 +78,7 @@ def absmean_factor(spec: QuantSpec) -> float:
 
 
 def ste_codes(x: Tensor, spec: QuantSpec, sparse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (a fresh float tensor), step and offset (affine only) of each group; zeros have the linear step 0."""
+    """Codes (a fresh float tensor), step (0 for zeros, if linear) and offset (affine only) of each group."""
     wide = x.to(work_dtype(x.dtype))
     if spec.scheme == "affine":
         step, low = affine_scale(wide, spec.levels[1])

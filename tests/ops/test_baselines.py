@@ -17,7 +17,7 @@ def sample(seed=0):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_lsq_gradients_as_published(bits):
-    """Esser et al., eq. 3: ds = -v/s + round(v/s) inside, -Qn or Qp outside; scaled with 1 / sqrt(N Qp); eq. 5."""
+    """Esser et al.: ds = -v/s + round(v/s) inside, -Qn or Qp outside (eq. 3), times 1 / sqrt(N Qp)."""
     x, h = sample()
     spec = QuantSpec(bits, "linear", method="lsq")
     qp = spec.levels[1]

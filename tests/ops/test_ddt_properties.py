@@ -74,7 +74,7 @@ def test_without_ridge_no_other_map_of_the_codes_is_nearer(spec, seed, length, s
     st.integers(-8, 8),
 )
 def test_equivariance(spec, seed, length, factor, shift):
-    """DDT(c x + t) = c DDT(x) + t for c > 0; values on a coarse grid, so that c x + t is exact and no tie moves."""
+    """DDT(c x + t) = c DDT(x) + t for c > 0; on a coarse grid c x + t is exact and no tie moves."""
     x = rows(seed, length).mul(64).round().div(64).clamp(-1e6, 1e6)
     moved = fake_quantize(factor * x + shift, spec, CHANNELS)
     expected = factor * fake_quantize(x, spec, CHANNELS) + shift
@@ -130,7 +130,7 @@ def test_constant_group_is_exact(spec, value, length, dtype):
 @pytest.mark.parametrize("lam", [0.0, 0.01])
 @pytest.mark.parametrize("bits", [1, 1.58, 2, 8])
 def test_constant_group_of_a_linear_scheme(bits, lam):
-    """The ridge shrinks it: y = x E / (E + lam) with E the mean square of the codes; exact without it, and for 0."""
+    """The ridge shrinks it: y = x E / (E + lam), E the mean square of the codes; exact without it."""
     spec = QuantSpec(bits, "linear", lam=lam)
     energy = spec.levels[1] ** 2
     for value in (0.0, 1.7, -3.0):

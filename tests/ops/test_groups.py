@@ -26,7 +26,7 @@ def test_rows_and_back(case, seed):
 
 @given(cases, seeds)
 def test_pieces_hold_every_group_once(case, seed):
-    """Values of one group, and no others, meet in one vector of a piece; the scales' shape counts the groups."""
+    """The values of one group, and no others, form one vector of a piece; scales go along."""
     groups, shape = case
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     pieces = groups.pieces(x)

@@ -23,8 +23,8 @@ def check(found, y, x, spec, groups):
     assert (found.zero_point is None) == (spec.scheme == "linear")
     restored = found.dequantize()
     assert restored.dtype == torch.float32
-    # Float32 scale and zero point: each product is within some ulps of the largest magnitude of the group. For
-    # narrower y, one rounding of y more.
+    # Float32 scale and zero point: each product is within some ulps of the largest magnitude of the group.
+    # For narrower y, one rounding of y more.
     size = torch.stack([x.double().abs(), y.double().abs()]).amax(0)
     largest = [p.amax(-1, keepdim=True).expand_as(p) for p in groups.pieces(size)]
     ulps = 8 * torch.finfo(torch.float32).eps + (torch.finfo(y.dtype).eps if y.dtype == torch.bfloat16 else 0)

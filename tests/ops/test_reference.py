@@ -1,13 +1,15 @@
 """Hand-written forward and backward passes against plain autograd, over random specs, groups and shapes."""
 
+from dataclasses import replace
+
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from ops_cases import SHAPES, groupings, seeds, sparsities, specs, values
 
-from qgraph.ops import fake_quantize, initial_step, reference, sparsify
+from qgraph.ops import fake_quantize, initial_step, quantize, reference, sparsify
 
-# float64 throughout: the two differ by rounding alone, of sums of at most some hundred terms of the size of h.
+# float64 throughout: the two differ by rounding alone, of sums of some hundred terms of the size of h.
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -71,26 +73,22 @@ def test_sparse_end_to_end(case, sparsity):
 
 @given(cases(methods=("ddt",)))
 def test_float32_is_close_to_float64(case):
-    """Statistics in float32 lose no more than rounding: no cancellation at 8 bits, no overflow.
+    """Statistics in float32 lose no more than rounding: nothing large cancels at 8 bits, nothing overflows.
 
-    A value on a rounding tie may fall on either side, so the values are drawn once, in float32, and the codes must
-    agree for the comparison to be one of precision.
+    Values on a rounding tie may fall on either side; that is no matter of precision, such draws are left out.
     """
     spec, groups, x = case
-    x = x.float()
-    y, (grad,) = gradients(fake_quantize, x, spec, groups)
-    y64, (grad64,) = gradients(fake_quantize, x.double(), spec, groups)
-    same = torch.isclose(y.double(), y64, rtol=1e-5, atol=1e-5 * scale_of(x))
-    if not bool(same.all()):  # a tie: one code apart, in few places
-        assert spec.bits < 8 or same.double().mean() > 0.5
-        return
-    # The upstream gradient differs in its random values between dtypes; compare through a fixed one.
-    x32, x64 = x.clone().requires_grad_(), x.double().requires_grad_()
+    spec, x = replace(spec, lam=max(spec.lam, 0.01)), x.float()
+    assume(torch.equal(quantize(x, spec, groups).codes, quantize(x.double(), spec, groups).codes))
     h = torch.linspace(-1, 1, x.numel()).reshape(x.shape)
-    (grad,) = torch.autograd.grad(fake_quantize(x32, spec, groups), x32, h)
-    (grad64,) = torch.autograd.grad(fake_quantize(x64, spec, groups), x64, h.double())
-    if spec.lam > 0:
-        torch.testing.assert_close(grad.double(), grad64, rtol=2e-4, atol=2e-4)
+    results = []
+    for w in (x.clone().requires_grad_(), x.double().requires_grad_()):
+        y = fake_quantize(w, spec, groups)
+        results.append((y.double(), torch.autograd.grad(y, w, h.to(w.dtype))[0].double()))
+    (y, grad), (y64, grad64) = results
+    torch.testing.assert_close(y, y64, rtol=0, atol=2e-6 * scale_of(x))
+    # A position f = (x - b) / s carries an error of eps |x| / s, up to levels * eps * |x| / range.
+    torch.testing.assert_close(grad, grad64, rtol=1e-3, atol=1e-3)
 
 
 @given(cases(methods=("ddt",)))

@@ -17,6 +17,7 @@ SPECS = [
     QuantSpec(4, method="lsq"),
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+some_specs = pytest.mark.parametrize("spec", SPECS[2:5] + SPECS[6:], ids=str)  # compiling takes a second each
 
 
 def quantized(x, spec, step):
@@ -28,7 +29,7 @@ def sample(shape=(3, 5, 40)):
     return torch.randn(shape), torch.full((1, 1), 0.2, requires_grad=True), torch.randn(shape)
 
 
-@every_spec
+@some_specs
 def test_compile_in_one_graph(spec):
     torch._dynamo.reset()
     x, step, h = sample()
@@ -49,10 +50,9 @@ def test_compiled_code_follows_the_spec():
     torch._dynamo.reset()
     compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
     x, step, _ = sample()
-    for lam in (0.01, 0.5, 0.02):
-        for bits in (4, 8):
-            spec = QuantSpec(bits, "affine", "block", 16, lam=lam)
-            torch.testing.assert_close(compiled(x, spec, step), quantized(x, spec, step))
+    for bits, lam in ((4, 0.01), (4, 0.5), (8, 0.5)):
+        spec = QuantSpec(bits, "affine", "block", 16, lam=lam)
+        torch.testing.assert_close(compiled(x, spec, step), quantized(x, spec, step))
 
 
 def test_compile_sparse():
@@ -71,7 +71,7 @@ def test_compile_sparse():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@every_spec
+@some_specs
 def test_export_with_dynamic_sizes(spec, strict):
     class Module(torch.nn.Module):
         def forward(self, x):
