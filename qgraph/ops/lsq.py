@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.errors import ConfigError
-from qgraph.ops.codes import mean_magnitude, round_linear, work_dtype
+from qgraph.ops.codes import is_binary, mean_magnitude, round_linear, work_dtype
 
 
 class LearnedStep(torch.autograd.Function):
@@ -84,14 +84,16 @@ def lsq_codes(
 
 
 def lsq_initial_step(x: Tensor, spec: QuantSpec) -> Tensor:
-    """LSQ's start `2 mean|x| / sqrt(qmax)` (binary: mean|x|; affine: of x - min), shape (rows, groups, 1).
+    """Start of the step, (rows, groups, 1): LSQ's `2 mean|x| / sqrt(qmax)`; affine: LSQ+'s `range / qmax`.
 
-    A group of zeros (a layer initialized to 0) takes `1 / sqrt(n)` for mean|x|, the size weights of a row of
-    n usually have: a step of 0 would never train.
+    Binary takes mean|x|, the scale that is nearest to the values. A group that is 0 or constant (a layer
+    initialized to 0) takes `1 / sqrt(n)` for its mean|x| or range, about what a row of n weights has: a step
+    of 0 would never train.
     """
     wide = x.to(work_dtype(x.dtype))
     if spec.scheme == "affine":
-        wide = wide - wide.amin(dim=-1, keepdim=True)
-    mean = mean_magnitude(wide, sparse=spec.scheme == "linear")
-    mean = torch.where(mean < torch.finfo(mean.dtype).tiny, x.shape[-1] ** -0.5, mean)
-    return mean if spec.bits == 1 and spec.scheme == "linear" else mean * (2 / spec.levels[1] ** 0.5)
+        size, factor = wide.amax(dim=-1, keepdim=True) - wide.amin(dim=-1, keepdim=True), 1 / spec.levels[1]
+    else:
+        size = mean_magnitude(wide, sparse=True)  # of the kept values where x is pruned
+        factor = 1.0 if is_binary(spec) else 2 / spec.levels[1] ** 0.5
+    return torch.where(size < torch.finfo(size.dtype).tiny, x.shape[-1] ** -0.5, size).mul_(factor)

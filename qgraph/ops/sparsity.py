@@ -43,7 +43,7 @@ def sparsity_mask(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
     """
     if w.numel() == 0:
         return torch.ones_like(w, dtype=torch.bool)
-    magnitude = torch.where(w.isnan(), torch.inf, w.abs())
+    magnitude = w.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
     if sparsity.kind == "unstructured":
         return _largest(magnitude.flatten(), sparsity.ratio or 0.0).view(w.shape)
     along = groups.sparsity_rows()
@@ -72,23 +72,25 @@ class _Sparsify(torch.autograd.Function):
 def _keep_n_of_m(rows: Tensor, n: int, m: int) -> Tensor:
     count, length = rows.shape
     full = length - length % m
-    keep = [_rank(rows[:, :full].reshape(count, full // m, m)).lt(n).view(count, full)]
+    runs = rows[:, :full].reshape(count, full // m, m).movedim(-1, 0)
+    keep = [_among_first(runs, n).movedim(0, -1).reshape(count, full)]
     if full < length:
-        keep.append(_rank(rows[:, full:]).lt(n))
+        keep.append(_among_first(rows[:, full:].t(), n).t())
     return keep[0] if len(keep) == 1 else torch.cat(keep, dim=1)
 
 
-def _rank(magnitude: Tensor) -> Tensor:
-    """How many values of the last dimension come before each one, by magnitude and then by index; uint8.
+def _among_first(magnitude: Tensor, n: int) -> Tensor:
+    """Whether less than n values of dimension 0 come before each one, by magnitude and then by index.
 
-    m - 1 shifted comparisons: a sort of many short runs is several times slower.
+    Shifted comparisons of whole planes: several times as fast as a sort of many short runs.
     """
-    rank = torch.zeros_like(magnitude, dtype=torch.uint8)
-    for shift in range(1, magnitude.shape[-1]):
-        later_first = magnitude[..., shift:] > magnitude[..., :-shift]
-        rank[..., :-shift] += later_first
-        rank[..., shift:] += ~later_first
-    return rank
+    magnitude = magnitude.contiguous()
+    before = torch.zeros_like(magnitude, dtype=torch.uint8)
+    for shift in range(1, magnitude.shape[0]):
+        later_first = magnitude[shift:] > magnitude[:-shift]
+        before[:-shift] += later_first
+        before[shift:] += ~later_first
+    return before < n
 
 
 def _keep_tiles(rows: Tensor, block_shape: tuple[int, int], ratio: float) -> Tensor:

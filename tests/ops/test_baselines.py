@@ -46,15 +46,17 @@ def test_lsq_counts_all_values_that_share_a_step():
 @pytest.mark.parametrize("bits", [1, 1.58, 2, 4, 8])
 @pytest.mark.parametrize("scheme", ["affine", "linear"])
 def test_lsq_start(bits, scheme):
-    """2 mean|x| / sqrt(Qp), binary mean|x|; and a layer of zeros can start to learn."""
+    """LSQ: 2 mean|x| / sqrt(Qp), binary mean|x|; LSQ+ (affine): range / Qp; and zeros can learn."""
     if (bits, scheme) == (1.58, "affine"):
         return
-    x, _ = sample()
+    x = sample()[0].detach()
     spec = QuantSpec(bits, scheme, method="lsq")
-    base = x.detach() - x.detach().amin(1, keepdim=True) if scheme == "affine" else x.detach()
-    factor = 1.0 if (bits, scheme) == (1, "linear") else 2 / spec.levels[1] ** 0.5
-    found = initial_step(x, spec, CHANNELS)
-    torch.testing.assert_close(found, factor * base.abs().mean(1, keepdim=True))
+    size, factor = x.abs().mean(1, keepdim=True), 2 / spec.levels[1] ** 0.5
+    if scheme == "affine":
+        size, factor = x.amax(1, keepdim=True) - x.amin(1, keepdim=True), 1 / spec.levels[1]
+    elif bits == 1:
+        factor = 1.0
+    torch.testing.assert_close(initial_step(x, spec, CHANNELS), factor * size)
     zero_start = initial_step(torch.zeros(2, 64), spec, CHANNELS)
     torch.testing.assert_close(zero_start, torch.full((2, 1), factor / 8))
 
