@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
 PREFIX = "model."  # the wrapper that flattens inputs and outputs holds the user's model under this name
+SHARED = "qgraph."  # constants that several layers use: tables, shapes, axes
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -54,8 +57,10 @@ def shorten(graph: ir.Graph) -> None:
     kept = {id(value) for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
     taken = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
     numbers = (str(number) for number in itertools.count())
-    for value in graph.initializers.values():
+    for value in list(graph.initializers.values()):
         value.shape = value.type = None  # the tensor says both
+        if (value.name or "").startswith(SHARED):
+            value.name = f"{SHARED}{next(numbers)}"
     for node in graph:
         for value in node.outputs:
             if id(value) not in kept:
@@ -63,18 +68,52 @@ def shorten(graph: ir.Graph) -> None:
                 value.name = next(name for name in numbers if name not in taken)
 
 
-def drop_reshapes(graph: ir.Graph) -> None:
-    """Take out each Reshape of an initializer to the shape that it has."""
+def thin_names(nodes: Iterable[ir.Node]) -> None:
+    """Of the nodes that unpack one weight or quantize one activation, only the last keeps its name.
+
+    Names of the steps in between say nothing that the last does not, and would be a third of a small file.
+    """
+    last: dict[str, ir.Node] = {}
+    nodes = list(nodes)
+    for node in nodes:
+        last[_stem(node.name or "")] = node
+    for node in nodes:
+        stem = _stem(node.name or "")
+        if last[stem] is node:
+            node.name = stem if "/" not in (node.name or "") else node.name
+        elif node.domain == "":
+            node.name = None
+
+
+def _stem(name: str) -> str:
+    """``fc.weight.unpack`` of ``fc.weight.unpack_3``, ``fc.input`` of ``fc.input/Round``."""
+    return name.rpartition("/")[0] or re.sub(r"_\d+$", "", name)
+
+
+def merge_reshapes(graph: ir.Graph) -> None:
+    """Take out each Reshape that another one follows at once, and each of an initializer to the shape it has."""
     for node in list(graph):
-        source, target = (node.inputs[0], node.inputs[1]) if node.op_type == "Reshape" else (None, None)
-        if source is None or target is None or source.const_value is None or target.const_value is None:
+        if node.op_type != "Reshape" or node.outputs[0].is_graph_output():
             continue
-        if (
-            list(source.const_value.shape.numpy()) == target.const_value.numpy().tolist()
-            and not node.outputs[0].is_graph_output()
-        ):
+        source, target = node.inputs[0], node.inputs[1]
+        if source is None or target is None:
+            continue
+        same = (
+            source.const_value is not None
+            and target.const_value is not None
+            and list(source.const_value.shape.numpy()) == target.const_value.numpy().tolist()
+        )
+        if same or all(_forgets_shape(user, index) for user, index in node.outputs[0].uses()):
             ir.convenience.replace_all_uses_with(node.outputs[0], source)
             graph.remove(node, safe=True)
+
+
+def _forgets_shape(user: ir.Node, index: int) -> bool:
+    """Whether a node is a Reshape to a shape of its own, whatever the shape of its input."""
+    if user.op_type != "Reshape" or index != 0 or user.inputs[1] is None:
+        return False
+    target = user.inputs[1].const_value
+    return target is not None and 0 not in target.numpy()
 
 
 def _scopes(node: ir.Node) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qgraph.errors import ExportError
 from qgraph.exporters.assemble import describe
 from qgraph.exporters.lowering.graph import Lowered, lower
-from qgraph.exporters.naming import drop_reshapes, module_outputs, rename, shorten
+from qgraph.exporters.naming import merge_reshapes, module_outputs, rename, shorten, thin_names
 from qgraph.exporters.report import ExportReport, metadata
 from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
 from qgraph.exporters.signature import FlatModel, flat_model, flatten_inputs, run_eagerly
@@ -252,7 +252,8 @@ def _build(job: _Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -
     lowered = lower(model, job.collected, job.target, layers)
     dtypes = {name for name, _ in [*job.model.named_parameters(), *job.model.named_buffers()]}
     report = describe_parts(job, model, lowered, plan, notes, path, dtypes)
-    drop_reshapes(model.graph)
+    merge_reshapes(model.graph)
+    thin_names(lowered.nodes)
     shorten(model.graph)
     _stamp(model, report)
     file = folder / path.name

@@ -42,10 +42,13 @@ class ShapePlan:
         )
 
     def torch_dims(self) -> dict[str, Any]:
-        """One `torch.export.Dim` per name."""
-        limits = {name: (low, high) for name, low, high in self.limits}
+        """What torch.export is told for each name: a Dim where there are limits to hold, else just "dynamic".
+
+        A named Dim without limits would be refused by a model with a position table, which has an end.
+        """
+        limits = {name: {"min": low, "max": high} for name, low, high in self.limits}
         names = dict.fromkeys(name for dims in self.dims for name in dims.values())
-        return {name: _dim(name, *limits.get(name, (None, None))) for name in names}
+        return {name: _dim(name, limits.get(name, {})) for name in names}
 
 
 def candidate_plans(tensors: Sequence[Tensor], run: Run) -> Iterator[ShapePlan]:
@@ -228,6 +231,6 @@ def _read_dims(spec: Any, path: str, limits: dict[str, Any], rank: int) -> Dims:
     return named
 
 
-def _dim(name: str, low: int | None, high: int | None) -> Any:
-    bounds = {key: value for key, value in (("min", low), ("max", high)) if value}
-    return torch.export.Dim(name, **bounds)
+def _dim(name: str, limits: Mapping[str, int | None]) -> Any:
+    bounds = {key: value for key, value in limits.items() if value}
+    return torch.export.Dim(name, **bounds) if bounds else torch.export.Dim.DYNAMIC

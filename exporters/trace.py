@@ -8,6 +8,7 @@ quantized activation, each with its site; `exporters.lowering` replaces them.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import re
@@ -35,6 +36,14 @@ from qgraph.modules import exporting
 DOMAIN = "qgraph"
 MINIMUM_OPSET = 18  # the lowest that torch's exporter writes; LayerNormalization is there from 17 on
 DEFAULT_OPSET = 20
+CHATTY = (
+    "torch.onnx",
+    "torch.export",
+    "torch._export",
+    "torch.fx.experimental.symbolic_shapes",
+    "onnxscript",
+    "onnx_ir",
+)
 
 
 def trace(
@@ -81,6 +90,7 @@ def _trace(
         name: {dim: named[label] for dim, label in dims.items()} or None
         for name, dims in zip(flat.inputs.names, plan.dims, strict=True)
     }
+    labels = {name: dict(dims) or None for name, dims in zip(flat.inputs.names, plan.dims, strict=True)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
@@ -89,7 +99,7 @@ def _trace(
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         onnx_program = torch.onnx.export(
             program,
-            dynamic_shapes=shapes,
+            dynamic_shapes=labels,
             input_names=list(flat.inputs.names),
             output_names=list(flat.output_names),
             opset_version=opset,
@@ -220,12 +230,12 @@ def _register_schemas() -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter's own chatter (missing torchvision, deprecations) off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in CHATTY]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:

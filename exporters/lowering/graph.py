@@ -58,6 +58,7 @@ class Lowered:
 
     weights: dict[str, WeightRecord]
     activations: list[ActivationRecord]
+    nodes: list[ir.Node]  # all that were added
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class _Lowering:
         self.graph.sort()
         remove_unused(self.graph)
         self.graph.opset_imports.pop(DOMAIN, None)
-        return Lowered(self.records, self.activations)
+        return Lowered(self.records, self.activations, [n for n in self.b.nodes if n.graph is not None])
 
     # weights
 

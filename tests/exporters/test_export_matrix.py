@@ -1,0 +1,57 @@
+"""Every kind of layer with every width, granularity, sparsity and activation, in both targets, run by plain onnxruntime."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from qgraph.exporters.onnx import export
+from tests.exporters.cells import CELLS, KINDS, Many
+
+TOLERANCE = 1e-5  # of the largest output: float32 sums of up to a hundred terms in another order
+FEWER = {"lstm": CELLS[::2], "gru": CELLS[1::2]}  # eight weights a cell
+
+
+def run(path, x, level):
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    return ort.InferenceSession(str(path), options).run(None, {"x" if x.is_floating_point() else "x": x.numpy()})
+
+
+@pytest.mark.parametrize("target", ["standard", "ort"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_cell(kind, target, tmp_path):
+    torch.manual_seed(0)
+    make, example = KINDS[kind]
+    cells = FEWER.get(kind, CELLS)
+    model, x, path = Many(make, cells).eval(), example(), tmp_path / "model.onnx"
+    report = export(model, path, (x,), target=target)
+
+    assert {layer.path for layer in report.layers} >= {f"layers.{i}" for i in range(len(cells))}
+    assert any("batch" in text for text in report.dynamic)
+    second = torch.cat([x, x[:2]])  # another batch than the exporter itself tried
+    for inputs in (x, second):
+        with torch.no_grad():
+            expected = model(inputs)
+        for level in (ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ort.GraphOptimizationLevel.ORT_DISABLE_ALL):
+            for cell, want, got in zip(cells, expected, run(path, inputs, level), strict=True):
+                difference = np.abs(want.numpy() - got) > TOLERANCE * want.abs().max().item()
+                # A code on a rounding tie may go the other way: then a few outputs differ, never most of them.
+                allowed = 0.0 if cell.activation is None else 0.34
+                assert difference.mean() <= allowed, (kind, target, cell)
+
+
+@pytest.mark.parametrize("kind", ["linear-3d", "conv2d", "embedding"])
+def test_the_file_holds_the_codes_and_little_else(kind, tmp_path):
+    torch.manual_seed(0)
+    make, example = KINDS[kind]
+    for target in ("standard", "ort"):
+        path = tmp_path / f"{target}.onnx"
+        report = export(Many(make, CELLS[:6]), path, (example(),), target=target, verify=False)
+        assert report.file_bytes == path.stat().st_size
+        assert report.file_bytes <= 1.02 * report.ideal_bytes + 16 * 1024
+        weights = {f"layers.{i}.weight.value" for i in range(6)}
+        assert not weights & {tensor.name for tensor in onnx.load(path).graph.initializer}
+        domains = {node.domain for node in onnx.load(path).graph.node}
+        assert domains <= ({"", "com.microsoft"} if target == "ort" else {""})
