@@ -170,7 +170,11 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
     def index(spec: QuantSpec | None) -> int | None:
         if spec is None:
             return None
-        data = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        data = {
+            field.name: getattr(spec, field.name)
+            for field in dataclasses.fields(spec)
+            if getattr(spec, field.name) != field.default
+        }
         if data not in specs:
             specs.append(data)
         return specs.index(data)

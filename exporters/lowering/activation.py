@@ -60,26 +60,22 @@ def lower_activation(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: s
 
 
 def ddt_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
-    """`mean x + slope step (q - mean q)`, the slope being the ridge regression of x on q."""
-    f, q, scale, low = _affine_codes(m, x, spec)
-    mean_q = m.mean(q)
-    noise = m.sub(f, q)
-    mean_x = m.add(low, m.mul(m.add(mean_q, m.mean(noise)), scale))
-    qc = m.sub(q, mean_q)
-    return m.add(mean_x, m.mul(qc, m.mul(_slope(m, noise, qc, spec), scale)))
+    """`mean x + a (q - mean q)`, a being the ridge regression of x on q."""
+    q, _, _ = _affine_codes(m, x, spec)
+    mean = m.mean(x)
+    qc = m.sub(q, m.mean(q))
+    return m.add(mean, m.mul(qc, _slope(m, m.sub(x, mean), qc, spec)))
 
 
 def ddt_linear(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
-    """`slope step q`, the slope being the ridge regression of x on q."""
-    scale = _linear_scale(m, x, spec)
-    f = m.div(x, scale)
-    q = _linear_round(m, f, spec)
-    return m.mul(q, m.mul(_slope(m, m.sub(f, q), q, spec), scale))
+    """`a q`, a being the ridge regression of x on q."""
+    q = _linear_round(m, m.div(x, _linear_scale(m, x, spec)), spec)
+    return m.mul(q, _slope(m, x, q, spec))
 
 
 def ste_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
     """`min x + step q`."""
-    _, q, scale, low = _affine_codes(m, x, spec)
+    q, scale, low = _affine_codes(m, x, spec)
     return m.add(low, m.mul(q, scale))
 
 
@@ -115,13 +111,10 @@ RECIPES: dict[
 }
 
 
-def _affine_codes(
-    m: GroupMath, x: ir.Value, spec: QuantSpec
-) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+def _affine_codes(m: GroupMath, x: ir.Value, spec: QuantSpec) -> tuple[ir.Value, ir.Value, ir.Value]:
     low = m.min(x)
     scale = _nonzero(m, m.div(m.sub(m.max(x), low), m.scalar(spec.levels[1])))
-    f = m.div(m.sub(x, low), scale)
-    return f, m.round(f), scale, low
+    return m.round(m.div(m.sub(x, low), scale)), scale, low
 
 
 def _linear_scale(m: GroupMath, x: ir.Value, spec: QuantSpec) -> ir.Value:
@@ -139,16 +132,17 @@ def _linear_round(m: GroupMath, f: ir.Value, spec: QuantSpec) -> ir.Value:
     return m.clip(m.round(f), *spec.levels)
 
 
-def _slope(m: GroupMath, noise: ir.Value, q: ir.Value, spec: QuantSpec) -> ir.Value:
-    variance = m.mean(m.mul(q, q))
-    ridge = m.add(variance, m.scalar(spec.lam))
+def _slope(m: GroupMath, x: ir.Value, q: ir.Value, spec: QuantSpec) -> ir.Value:
+    """`mean(x q) / (mean(q q) + lam)` of centred values."""
+    ridge = m.add(m.mean(m.mul(q, q)), m.scalar(spec.lam))
     if spec.lam == 0:
         ridge = m.where(m.op("Equal", ridge, m.scalar(0)), m.scalar(1), ridge)
-    return m.div(m.add(variance, m.mean(m.mul(noise, q))), ridge)
+    return m.div(m.mean(m.mul(x, q)), ridge)
 
 
 def _nonzero(m: GroupMath, scale: ir.Value) -> ir.Value:
-    return m.where(m.op("Less", scale, m.scalar(TINY)), m.scalar(1), scale)
+    """A constant group has step 0; with the least normal number in its place all its codes are 0 as well."""
+    return m.op("Max", scale, m.scalar(TINY))
 
 
 def _learned(m: GroupMath, step: np.ndarray | None) -> ir.Value:
