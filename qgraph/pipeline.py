@@ -130,8 +130,7 @@ class Pipeline:
             owner.shared.notes.extend(result.notes)
             if self.callback is not None:
                 self.callback(rewriting.name, owner.path, variant.graph, time.perf_counter() - start)
-        if modified:
-            variant.rewritten()
+        variant.compile()
         return modified
 
     def _run_one(self, rewriting: Pass, index: int, graph: fx.Graph, context: PassContext) -> PassResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from qgraph.capture.install import install
 from qgraph.capture.session import capturing
 from qgraph.capture.state import ModuleState, Snapshot
+from qgraph.errors import QGraphError
 from qgraph.graph import Shared
 
 # Modules of torch whose forward multiplies by no weight: nothing to rewrite, so they stay as they are.
@@ -38,14 +40,36 @@ def capture(
         for training in (False, True):
             progress("train" if training else "eval")
             _set_mode(model, modes, training)
-            with torch.enable_grad(), capturing(quantize=False) as session:
-                model(*args, **kwargs)
-            session.rewrite()
-            before.restore()
+            _run_once(model, args, kwargs, before)
     finally:
         for module, training in modes:
             module.training = training
         before.restore()
+
+
+def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: Snapshot) -> None:
+    """One recorded run; where recording itself is what fails, one that only notes the sites."""
+    try:
+        with torch.enable_grad(), capturing(quantize=False) as session:
+            model(*_copies(args), **_copies(kwargs))
+        session.rewrite()
+    except QGraphError:
+        raise
+    except Exception as error:
+        before.restore()
+        reason = f"recording raised {type(error).__name__}: {error}"
+        with torch.enable_grad(), capturing(quantize=False, reason=reason) as session:
+            model(*_copies(args), **_copies(kwargs))
+        session.rewrite()
+    before.restore()
+
+
+def _copies(values: Any) -> Any:
+    """Copies of the example inputs, since a forward may change them; what cannot be copied is used as it is."""
+    try:
+        return copy.deepcopy(values)
+    except Exception:
+        return values
 
 
 def _set_mode(model: nn.Module, modes: list[tuple[nn.Module, bool]], training: bool) -> None:

@@ -15,21 +15,12 @@ from torch import nn
 from torch.overrides import _pop_mode_temporarily
 
 from qgraph.capture.guards import GuardMiss
-from qgraph.capture.recorder import Recorder
-from qgraph.capture.session import Session, active, capturing, current
-from qgraph.capture.state import ModuleState, Snapshot, Variant, shapes
+from qgraph.capture.opaque import Running, SiteMode, run_opaque
+from qgraph.capture.session import active, capturing, current
+from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Snapshot, Variant, shapes
 from qgraph.graph import STATE
 
 _classes: dict[type, type] = {}
-
-
-class _Running:
-    """How many forwards run as Python under a recorder, outside of a capture (while torch compiles or exports)."""
-
-    count = 0
-
-
-_running = _Running()
 
 
 class Captured:
@@ -96,69 +87,71 @@ def dispatch(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dic
         session = current()
         if session is not None:
             return session.enter(module, forward, args, kwargs)
-    if _running.count and torch._C._len_torch_function_stack() > 0:
-        with _pop_mode_temporarily():
-            return _run(module, forward, args, kwargs)
+    if Running.count and torch._C._len_torch_function_stack() > 0:
+        with _pop_mode_temporarily() as mode:
+            result = _run(module, forward, args, kwargs)
+            if isinstance(mode, SiteMode):
+                mode.operands.follow_child(module, module.__dict__[STATE].path, args, kwargs, result)
+            return result
     return _run(module, forward, args, kwargs)
 
 
 def _run(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: ModuleState = module.__dict__[STATE]
-    variant, values = state.select(module, args, kwargs)
+    call = state.call(args, kwargs)
+    variant = state.select(module, call)
     if variant is None:
-        return run_python(module, state, forward, args, kwargs)
+        return run_python(module, state, forward, args, kwargs, call)
     if not variant.late_guards or torch.compiler.is_compiling():
-        return variant.function()(module, *values)
-    return _run_checked(module, state, variant, forward, values, args, kwargs)
+        return variant.function()(module, *call.values)
+    return _run_checked(module, state, variant, forward, call, args, kwargs)
 
 
 def _run_checked(
-    module: nn.Module, state: ModuleState, variant: Variant, forward: Any, values: Any, args: Any, kwargs: Any
+    module: nn.Module, state: ModuleState, variant: Variant, forward: Any, call: Call, args: Any, kwargs: Any
 ) -> Any:
     """A graph with guards inside it: for sizes not met before, be ready to take back what ran before a miss."""
-    key = shapes(values)
+    key = shapes(call.values)
     if key in variant.validated:
-        return variant.function()(module, *values)
+        return variant.function()(module, *call.values)
     before = Snapshot(module)
     try:
-        result = variant.function()(module, *values)
+        result = variant.function()(module, *call.values)
     except GuardMiss:
         before.restore()
-        return run_python(module, state, forward, args, kwargs)
+        return run_python(module, state, forward, args, kwargs, call)
     variant.validated.add(key)
     return result
 
 
-@torch.compiler.disable(recursive=False)
-def run_python(module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any) -> Any:
-    """Run the module's own Python under the same quantizers, and capture this call for the next time."""
-    if state.variants or state.opaque:
+def run_python(
+    module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call
+) -> Any:
+    """Run the module's own Python, a graph break under torch.compile; torch.export refuses such a function."""
+    run = python_body if torch.compiler.is_exporting() else python_outside_graphs
+    return run(module, state, forward, args, kwargs, call)
+
+
+def python_body(
+    module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call
+) -> Any:
+    """Run the module's own Python under the same quantizers; capture a call of a new kind for the next time."""
+    known = state.known_opaque(call, module.training)
+    if known is None and (state.variants or state.opaque):
         state.misses += 1
-    if torch.compiler.is_exporting():
-        return _run_quantized(module, state, forward, args, kwargs)
-    with capturing(quantize=True) as session:
-        session._announced = module
-        return session.enter(module, forward, args, kwargs)
-
-
-def _run_quantized(module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any) -> Any:
-    """Only quantize: inside torch.export no graph of ours can be recorded, since the tensors are not real."""
-    recorder = Recorder(module, state, quantize=True, reason="exported")
-    names = list(state.names(args, dict(sorted(kwargs.items()))))
-    _running.count += 1
+    # Inside torch.export no graph of ours can be recorded, since the tensors are not real.
+    if known is not None or torch.compiler.is_exporting() or len(state.variants) >= MAX_VARIANTS:
+        return run_opaque(module, state, forward, args, kwargs)
+    before = Snapshot(module)
     try:
-        return recorder.run(forward, names, args, {name: kwargs[name] for name in sorted(kwargs)})
-    finally:
-        _running.count -= 1
+        with capturing(quantize=True) as session:
+            return session.start(module, forward, args, kwargs)
+    except Exception as error:
+        # Should recording be to blame, the plain run goes well; else the user's own error is raised again from there.
+        before.restore()
+        result = run_opaque(module, state, forward, args, kwargs)
+        state.give_up(call, module.training, f"recording raised {type(error).__name__}: {error}")
+        return result
 
 
-__all__ = [
-    "Captured",
-    "Session",
-    "base_class",
-    "captured_class",
-    "dispatch",
-    "install",
-    "run_python",
-    "uninstall",
-]
+python_outside_graphs = torch.compiler.disable(python_body, recursive=False)

@@ -60,12 +60,12 @@ class OperandTracker:
         swapped = bool(tensors) and isinstance(args[0], Tensor) and swaps_last_two(name, args, args[0].dim())
         self._note(result, combine(name, [self.source(t) for t in tensors], swapped))
 
-    def follow_child(self, module: nn.Module, path: str | None, args: Any, kwargs: Any, result: Any) -> None:
+    def follow_child(self, module: nn.Module, path: str, args: Any, kwargs: Any, result: Any) -> None:
         """Note the source of what a child module returned: a parametrization makes a weight out of its own."""
         if _tensors((*args, *kwargs.values())):
             self._note(result, DATA)
-        elif path is not None and next(module.parameters(), None) is not None:
-            self._note(result, Source("parameter", (f"{self.owner.path}.{path}".lstrip("."),)))
+        elif next(module.parameters(), None) is not None:
+            self._note(result, Source("parameter", (path,)))
 
     def _note(self, result: Any, source: Source) -> None:
         for tensor in _tensors((result,)):

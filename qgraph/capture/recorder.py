@@ -79,7 +79,11 @@ class Recorder(TorchFunctionMode):
             self.reason, self.reason_where = reason, locate()[0]
 
     def run(
-        self, forward: Callable[..., Any], names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        forward: Callable[..., Any],
+        names: tuple[str, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Run `forward` on the module's bound arguments and record it; returns its own plain result."""
         with torch._C.DisableTorchFunction():
@@ -112,7 +116,7 @@ class Recorder(TorchFunctionMode):
             self._rng = _random_states()
 
     def _placeholders(
-        self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A node for every argument (by name, in order); ints become traced ints."""
         given: dict[str, Any] = {}
@@ -138,6 +142,8 @@ class Recorder(TorchFunctionMode):
             self.graph.lint()
         except Unsupported as error:
             self.fail(f"returns {error}")
+        except Exception as error:
+            self.fail(f"the graph is not sound: {type(error).__name__}: {error}")
 
     # -- every torch function ----------------------------------------------------------------------------------------
 
@@ -173,7 +179,9 @@ class Recorder(TorchFunctionMode):
             return self._record(func, args, kwargs, result, versions)
         except Unsupported as error:
             self.fail(str(error))
-            return result
+        except Exception as error:  # whatever goes wrong in the bookkeeping costs the graph, never the run
+            self.fail(f"recording {calls.name_of(func)} failed: {type(error).__name__}: {error}")
+        return result
 
     def _record(
         self,
@@ -322,7 +330,7 @@ class Recorder(TorchFunctionMode):
         versions: Any,
     ) -> Any:
         """Write down a call of a child module; returns the result with its ints traced."""
-        self.operands.follow_child(module, path, args, kwargs, result)
+        self.operands.follow_child(module, f"{self.state.path}.{path}".lstrip("."), args, kwargs, result)
         if not self.recording:
             return result
         try:
@@ -338,7 +346,9 @@ class Recorder(TorchFunctionMode):
             return self.values.result(node, result, args, kwargs, versions, False)
         except Unsupported as error:
             self.fail(str(error))
-            return result
+        except Exception as error:
+            self.fail(f"recording a {type(module).__name__} failed: {type(error).__name__}: {error}")
+        return result
 
     def _watch_module(self) -> None:
         attributes = self.module.__dict__
@@ -393,8 +403,9 @@ _MISSING = object()
 def _shallow(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         for key, item in value.items():
-            yield key
-            yield item
+            if key != "qgraph":  # our own quantizers may be made during the run
+                yield key
+                yield item
     elif isinstance(value, (list, tuple)):
         yield from value
 

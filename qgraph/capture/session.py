@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +13,8 @@ from torch import nn
 
 from qgraph.capture.patches import patched
 from qgraph.capture.recorder import Recorder
-from qgraph.capture.state import MAX_VARIANTS, ModuleState, Opaque, Variant, plain_attributes
-from qgraph.capture.structure import Unsupported, signature
+from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Variant, plain_attributes
+from qgraph.capture.structure import Unsupported
 from qgraph.capture.values import plain
 from qgraph.graph import STATE
 
@@ -27,17 +28,26 @@ def current() -> Session | None:
 
 
 @contextlib.contextmanager
-def capturing(quantize: bool) -> Iterator[Session]:
+def capturing(quantize: bool, reason: str | None = None) -> Iterator[Session]:
     """Run code with every module forward recorded; see `Session`."""
-    session = Session(quantize)
+    session = Session(quantize, reason)
     _local.session = session
     active.count += 1
     try:
-        with patched(current), torch.compiler.set_stance("force_eager"):
+        with patched(current), _eager():
             yield session
     finally:
         active.count -= 1
         _local.session = None
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled functions inside a recorded forward run as they are written; nothing to do where none can be."""
+    return (
+        torch.compiler.set_stance("force_eager")
+        if "torch._dynamo" in sys.modules
+        else contextlib.nullcontext()
+    )
 
 
 class _Active:
@@ -56,10 +66,13 @@ class Session:
     ----------
     quantize : bool
         Whether the run itself is quantized: True for a call of the user's, False for the example run of `prepare`.
+    reason : str, optional
+        Why this run is not to be recorded; only the sites are then noted.
     """
 
-    def __init__(self, quantize: bool) -> None:
+    def __init__(self, quantize: bool, reason: str | None = None) -> None:
         self.quantize = quantize
+        self.reason = reason
         self.stack: list[Recorder] = []
         self._announced: nn.Module | None = None
         self.new: list[tuple[nn.Module, Variant]] = []
@@ -84,12 +97,16 @@ class Session:
         if parent is None:
             self._announced = module
             return original(module, *args, **kwargs)
+        path = _relative_path(parent.module, module)
+        if path is None and STATE not in module.__dict__ and next(module.parameters(), None) is None:
+            return original(
+                module, *args, **kwargs
+            )  # a helper made on the fly: part of the caller's own forward
         plain_args, plain_kwargs = plain(args), plain(kwargs)
         with parent.suspended():
             versions = parent.values.versions(plain_args, plain_kwargs)
             self._announced = module
             result = original(module, *plain_args, **plain_kwargs)
-        path = _relative_path(parent.module, module)
         with torch._C.DisableTorchFunction():
             return parent.child_called(path, module, args, kwargs, result, versions)
 
@@ -126,6 +143,11 @@ class Session:
         if self.recorder is not None:
             self.recorder.leave_autocast(context)
 
+    def start(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the outermost forward of a session that began inside its call."""
+        self._announced = module
+        return self.enter(module, forward, args, kwargs)
+
     # -- forwards ----------------------------------------------------------------------------------------------------
 
     def enter(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -136,51 +158,48 @@ class Session:
                 module, *args, **kwargs
             )  # called as a plain method: part of the caller's own forward
         state: ModuleState = module.__dict__[STATE]
-        variant, _ = state.select(module, args, kwargs)
+        call = state.call(args, kwargs)
+        variant = state.select(module, call)
         if variant is not None and not variant.late_guards:
-            values = (*args, *(kwargs[name] for name in sorted(kwargs)))
-            return variant.function()(module, *values)
-        return self.record_forward(module, state, forward, args, kwargs, known=variant is not None)
+            return variant.function()(module, *call.values)
+        return self.record_forward(module, state, forward, args, kwargs, call, known=variant is not None)
 
     def record_forward(
         self,
         module: nn.Module,
         state: ModuleState,
-        forward: Callable[..., Any],
+        forward: Any,
         args: Any,
         kwargs: Any,
+        call: Call,
         known: bool,
     ) -> Any:
         """Run a forward under a recorder; keep the graph, or the reason why there is none."""
-        kwargs = {name: kwargs[name] for name in sorted(kwargs)}
-        names = state.names(args, kwargs)
-        given, reason = _call_signature((*args, *kwargs.values()))
+        reason = self.reason or call.problem
         if known:
             reason = "already captured"
         elif len(state.variants) >= MAX_VARIANTS:
             reason = f"more than {MAX_VARIANTS} variants"
-        elif reason is None and (entry := state.known_opaque(names, given, module.training)) is not None:
+        elif reason is None and (entry := state.known_opaque(call, module.training)) is not None:
             reason = entry.reason
         attributes = plain_attributes(module)
         recorder = Recorder(module, state, self.quantize, reason)
         self.stack.append(recorder)
         try:
-            result = recorder.run(forward, list(names), args, kwargs)
+            result = recorder.run(forward, call.names, args, {name: kwargs[name] for name in sorted(kwargs)})
         finally:
             self.stack.pop()
         if not known:
-            self._keep(recorder, names, given, attributes)
+            self._keep(recorder, call, attributes)
         return result
 
-    def _keep(
-        self, recorder: Recorder, names: tuple[str, ...], given: Any, attributes: dict[str, Any]
-    ) -> None:
+    def _keep(self, recorder: Recorder, call: Call, attributes: dict[str, Any]) -> None:
         state = recorder.state
         with _install_lock:
             if recorder.recording:
                 variant = Variant(
-                    names,
-                    given,
+                    call.names,
+                    call.signature,
                     attributes,
                     tuple(recorder.guards.values()),
                     recorder.graph,
@@ -195,17 +214,7 @@ class Session:
             for site, where, weights in recorder.operands.sites:
                 shapes = [tuple(weight.shape) for weight in weights]
                 state.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, shapes))
-            training = bool(attributes["training"])
-            if given is not None and state.known_opaque(names, given, training) is None:
-                reason = recorder.reason or ""
-                state.opaque.append(Opaque(names, given, training, reason, recorder.reason_where))
-
-
-def _call_signature(values: tuple[Any, ...]) -> tuple[Any, str | None]:
-    try:
-        return tuple([signature(value) for value in values]), None
-    except Unsupported as error:
-        return None, f"takes {error}"
+            state.give_up(call, bool(attributes["training"]), recorder.reason or "", recorder.reason_where)
 
 
 def _relative_path(parent: nn.Module, child: nn.Module) -> str | None:

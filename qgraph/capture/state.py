@@ -21,6 +21,16 @@ MAX_VARIANTS = 8
 _SCALARS = (bool, int, float, str, type(None))
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a forward: its arguments' names and values, keywords sorted, and their signature."""
+
+    names: tuple[str, ...]
+    signature: Any
+    values: tuple[Any, ...]
+    problem: str | None = None
+
+
 @dataclass(slots=True)
 class Variant:
     """One captured graph of a module and the calls that it holds for.
@@ -30,7 +40,7 @@ class Variant:
     """
 
     names: tuple[str, ...]
-    signature: Any
+    signature: Any  # as in `Call`
     attributes: dict[str, Any]
     guards: tuple[Guard, ...]
     graph: fx.Graph
@@ -39,8 +49,8 @@ class Variant:
     _function: Callable[..., Any] | None = None
     _condition: Callable[..., bool] | None = None
 
-    def accepts(self, module: nn.Module, names: tuple[str, ...], given: Any, values: tuple[Any, ...]) -> bool:
-        if names != self.names or given != self.signature:
+    def accepts(self, module: nn.Module, call: Call) -> bool:
+        if call.names != self.names or call.signature != self.signature:
             return False
         attributes = module.__dict__
         for name, value in self.attributes.items():
@@ -50,7 +60,7 @@ class Variant:
             return True
         if self._condition is None:
             self._condition = self._compile_condition()
-        return self._condition(module, *values)
+        return self._condition(module, *call.values)
 
     @property
     def training(self) -> bool:
@@ -62,9 +72,11 @@ class Variant:
             self._function = compile_graph(self.graph)
         return self._function
 
-    def rewritten(self) -> None:
-        """Forget the compiled function: a pass changed the graph."""
-        self._function = None
+    def compile(self) -> None:
+        """Compile the graph as it is now, before its next call: torch.compile must not meet the work."""
+        self._function = compile_graph(self.graph)
+        if self.guards:
+            self._condition = self._compile_condition()
 
     def _compile_condition(self) -> Callable[..., bool]:
         arguments = [node.name for node in self.graph.nodes if node.op == "placeholder"]
@@ -89,6 +101,7 @@ class Variant:
         for name, value in state.items():
             setattr(self, name, load_graph(value) if name == "graph" else value)
         self.validated, self._function, self._condition = set(), None, None
+        self.compile()
 
 
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
@@ -136,26 +149,30 @@ class ModuleState:
         extra = tuple(f"args_{i}" for i in range(len(known), len(args)))
         return known + extra + tuple(sorted(kwargs))
 
-    def select(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Variant | None, Any]:
-        """The variant that holds for a call, with the call's values in its order."""
-        names = self.names(args, kwargs)
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Describe a call of the forward; `signature` is None for one that no graph can take."""
         values = (*args, *(kwargs[name] for name in sorted(kwargs)))
-        if not self.variants:
-            return None, values
         try:
             given = tuple([signature(value) for value in values])
-        except Unsupported:
-            return None, values
-        for variant in self.variants:
-            if variant.accepts(module, names, given, values):
-                return variant, values
-        return None, values
+        except Unsupported as error:
+            return Call(self.names(args, kwargs), None, values, f"takes {error}")
+        return Call(self.names(args, kwargs), given, values)
 
-    def known_opaque(self, names: tuple[str, ...], given: Any, training: bool) -> Opaque | None:
+    def select(self, module: nn.Module, call: Call) -> Variant | None:
+        """The variant that holds for a call."""
+        for variant in self.variants:
+            if variant.accepts(module, call):
+                return variant
+        return None
+
+    def give_up(self, call: Call, training: bool, reason: str, where: str = "<unknown>:0") -> None:
+        """Note that calls of this kind run as Python."""
+        if self.known_opaque(call, training) is None:
+            self.opaque.append(Opaque(call.names, call.signature, training, reason, where))
+
+    def known_opaque(self, call: Call, training: bool) -> Opaque | None:
         for entry in self.opaque:
-            if (entry.names, entry.signature, entry.training) == (names, given, training):
+            if (entry.names, entry.signature, entry.training) == (call.names, call.signature, training):
                 return entry
         return None
 

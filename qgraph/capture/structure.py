@@ -17,6 +17,8 @@ _DEPTH = 8
 _SCALARS = (bool, str, bytes, float, complex, type(None), type(Ellipsis), slice, range, enum.Enum)
 _TORCH_SCALARS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
+_LEAVES = (*_SCALARS, *_TORCH_SCALARS, int, Tensor, nn.Module, type)
+
 
 class Unsupported(Exception):
     """A value that a graph cannot carry; the text says why."""
@@ -42,9 +44,9 @@ def is_namedtuple(value: Any) -> bool:
 
 def parts(value: Any) -> list[tuple[Step, Any]] | None:
     """The parts of a container or a plain object, each with how to reach it; None for a leaf."""
-    if isinstance(value, (*_SCALARS, *_TORCH_SCALARS, int, Tensor, nn.Module, type)) or callable(value):
+    if isinstance(value, _LEAVES):
         return None
-    if is_namedtuple(value):
+    if isinstance(value, tuple) and hasattr(type(value), "_fields"):
         return [(Step(True, name), getattr(value, name)) for name in type(value)._fields]
     if isinstance(value, (tuple, list)):
         return [(Step(False, i), item) for i, item in enumerate(value)]
@@ -53,7 +55,7 @@ def parts(value: Any) -> list[tuple[Step, Any]] | None:
     if isinstance(value, dict):
         return [(Step(False, key), item) for key, item in value.items()]
     attributes = getattr(value, "__dict__", None)
-    if attributes is None:
+    if attributes is None or callable(value):
         return None
     return [(Step(True, name), item) for name, item in attributes.items()]
 
