@@ -15,7 +15,7 @@ then the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +23,7 @@ import onnx_ir as ir
 from qgraph.config import QuantSpec
 from qgraph.exporters.lowering.builder import MICROSOFT, GraphBuilder
 from qgraph.exporters.packing import PackedWeight, emit_nbits, emit_scale, emit_zero_point, nbits_for
+from qgraph.exporters.packing.dense import Bits
 from qgraph.modules import ActivationForm
 from qgraph.ops import Groups
 
@@ -109,7 +110,11 @@ def emit_kernel(
         `block_sums` of what the kernel takes x for; needed where the weight has zero points.
     """
     outputs, inputs = packed.shape[axis], packed.shape[1 - axis]
-    codes, scales = emit_nbits(b, packed, name, kernel.bits, kernel.block)
+    doubled = _doubled(packed, kernel)
+    codes, scales = emit_nbits(b, doubled or packed, name, kernel.bits, kernel.block)
+    if doubled is not None:
+        half = b.constant(np.asarray(0.5, np.float32), "scalar")
+        scales = b.op("Mul", [scales, half], name=f"{name}/half")
     attrs = {
         "K": inputs,
         "N": outputs,
@@ -121,11 +126,27 @@ def emit_kernel(
     if sums is None:
         return y
     assert packed.spec is not None
-    shift = b.constant(np.asarray(2 ** (int(packed.spec.bits) - 1), np.float32), "scalar")
+    bits = int(packed.spec.bits)
+    middle = 2 ** (bits - 1) if doubled is None else (2**bits - 1) / 2
+    shift = b.constant(np.asarray(middle, np.float32), "scalar")
     shifted = b.op("Sub", [shift, emit_zero_point(b, packed, name)], name=f"{name}/shift")
     gain = b.op("Mul", [emit_scale(b, packed, name), shifted], name=f"{name}/gain")
     gain = b.op("Transpose", [gain], {"perm": [1, 0]}, name=f"{name}/gain")
     return b.op("Add", [y, b.op("MatMul", [sums, gain], name=f"{name}/correction")], name=f"{name}/corrected")
+
+
+def _doubled(packed: PackedWeight, kernel: Kernel) -> PackedWeight | None:
+    """The weight with the levels 2 q - (2^b - 1), at half the scale, where a field has room for them.
+
+    They are symmetric about zero. Levels 0 and 1 about a middle of 1 are not: product and correction would be
+    large, cancel, and leave the rounding of both.
+    """
+    spec = packed.spec
+    if not has_zero_points(packed) or spec is None or spec.bits >= kernel.bits:
+        return None
+    bits = int(spec.bits)
+    stream = Bits(bits, offset=1 - 2**bits, step=2)
+    return replace(packed, spec=QuantSpec(bits, "linear"), stream=stream)
 
 
 def has_zero_points(packed: PackedWeight) -> bool:
