@@ -19,7 +19,7 @@ from qgraph.placement import Placed
 class Entry:
     """The edge on which a weight's quantizer belongs: from `weight` (as yet rewritten) into `user`.
 
-    For a parameter used transposed that edge lies before the transpose, so that tied weights share their groups.
+    For a parameter used transposed it lies before the transpose, so that tied weights share their groups.
     """
 
     site: GraphSite
@@ -77,26 +77,54 @@ def weight_meta(entry: Entry, spec: Any) -> dict[str, Any]:
 
 
 def value_of(node: fx.Node, module: nn.Module) -> Callable[[], Tensor]:
-    """Computes the present value of a node that depends on parameters alone."""
-
-    def compute(value: Any) -> Any:
-        if not isinstance(value, fx.Node):
-            return value
-        if value.op == "get_attr":
-            return operator.attrgetter(str(value.target))(module)
-        args = fx.node.map_arg(value.args, compute)
-        kwargs = fx.node.map_arg(value.kwargs, compute)
-        if value.op == "call_module":
-            return module.get_submodule(str(value.target))(*args, **kwargs)
-        if value.op == "call_method":
-            return getattr(args[0], str(value.target))(*args[1:], **kwargs)
-        return value.target(*args, **kwargs)  # type: ignore[operator]
+    """Computes the present value of a node that depends on parameters alone, and on recorded sizes."""
 
     def run() -> Tensor:
+        found: dict[fx.Node, Any] = {}
         with torch.no_grad():
-            return compute(node)
+            for each in _needed(node):
+                found[each] = _compute(each, module, found)
+        return found[node]
 
     return run
+
+
+def _needed(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a value depends on, in order; sizes are known, so what they are sizes of is left out."""
+    wanted, stack = {node}, [node]
+    while stack:
+        for each in _inputs(stack.pop()):
+            if each not in wanted:
+                wanted.add(each)
+                stack.append(each)
+    return [each for each in node.graph.nodes if each in wanted]
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    return [] if _known_size(node) is not None else node.all_input_nodes
+
+
+def _known_size(node: fx.Node) -> Any:
+    """What a `size` call gave when the graph was recorded, else None."""
+    if node.op != "call_method" or node.target != "size" or not isinstance(node.args[0], fx.Node):
+        return None
+    shape = node.args[0].meta.get("shape")
+    return None if shape is None else (shape[node.args[1]] if len(node.args) > 1 else shape)
+
+
+def _compute(node: fx.Node, module: nn.Module, found: dict[fx.Node, Any]) -> Any:
+    size = _known_size(node)
+    if size is not None:
+        return size
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(module)
+    args = fx.node.map_arg(node.args, found.__getitem__)
+    kwargs = fx.node.map_arg(node.kwargs, found.__getitem__)
+    if node.op == "call_module":
+        return module.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def note(name: str, entry: Entry, text: str) -> Note:

@@ -10,6 +10,7 @@ from qgraph.errors import (
     PassError,
     QGraphError,
 )
+from qgraph.inspection import Inspection, inspect
 from qgraph.pipeline import Pass, PassContext, PassResult, Pipeline
 from qgraph.prepare import disabled, prepare, set_enabled
 from qgraph.version import __version__
@@ -20,6 +21,7 @@ __all__ = [
     "ConfigError",
     "ExportError",
     "InspectError",
+    "Inspection",
     "Pass",
     "PassContext",
     "PassError",
@@ -32,6 +34,7 @@ __all__ = [
     "SparsitySpec",
     "__version__",
     "disabled",
+    "inspect",
     "prepare",
     "set_enabled",
 ]

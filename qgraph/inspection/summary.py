@@ -1,0 +1,220 @@
+"""`inspect`: what a model, a prepared model or an .onnx file holds, layer by layer, as text and as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qgraph.errors import InspectError
+from qgraph.graph import STATE, Coverage, coverage, is_prepared
+from qgraph.inspection.code import model_graphs
+from qgraph.inspection.eager import eager_coverage, eager_layers
+from qgraph.inspection.floats import float_parameters
+from qgraph.inspection.layers import FloatTensor, Layer, Totals
+from qgraph.inspection.prepared import in_order_of_use, prepared_layers
+
+if TYPE_CHECKING:
+    import networkx
+
+    from qgraph.pipeline import Note
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inspection:
+    """What `inspect` found; `print` it.
+
+    Parameters
+    ----------
+    kind : str
+        ``eager``, ``prepared`` or ``onnx``.
+    title : str
+    layers : tuple of Layer
+        One a weight of a site, in the order of use as far as it is known.
+    floats : tuple of FloatTensor
+        Parameters that no site covers, with the reason.
+    coverage : Coverage
+        Modules captured and opaque, sites, sites quantized, guard misses.
+    notes : tuple of Note
+        What the passes said, each once.
+    remarks : tuple of str
+        Lines about a file.
+    file_bytes : int or None
+        What a file takes, external data included.
+    parameter_bytes : int or None
+        What a model's parameters take, each once.
+    """
+
+    kind: str
+    title: str
+    layers: tuple[Layer, ...]
+    floats: tuple[FloatTensor, ...]
+    coverage: Coverage
+    notes: tuple[Note, ...] = ()
+    remarks: tuple[str, ...] = ()
+    file_bytes: int | None = None
+    parameter_bytes: int | None = None
+    source: nn.Module | Path | None = dataclasses.field(default=None, repr=False)
+
+    @functools.cached_property
+    def totals(self) -> Totals:
+        """Sums over the layers and float tensors."""
+        return Totals.of(self.layers, self.floats, self.parameter_bytes)
+
+    @property
+    def first(self) -> Layer | None:
+        """The first layer in the order of use."""
+        return self.layers[0] if self.layers else None
+
+    @property
+    def last(self) -> Layer | None:
+        """The last layer in the order of use."""
+        return self.layers[-1] if self.layers else None
+
+    @functools.cached_property
+    def graphs(self) -> dict[str, str]:
+        """Module path -> its captured graphs as readable code, with mode, guards, and the user's lines."""
+        prepared = isinstance(self.source, nn.Module) and is_prepared(self.source)
+        return model_graphs(self.source) if prepared else {}  # type: ignore[arg-type]
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The whole model as one graph: operations and parameters as nodes, data flow as edges.
+
+        Raises
+        ------
+        InspectError
+            For a model of which nothing is captured.
+        """
+        from qgraph.inspection.network import model_network
+        from qgraph.inspection.onnx_file import onnx_network
+
+        if isinstance(self.source, nn.Module):
+            return model_network(self.source)
+        assert self.source is not None
+        return onnx_network(self.source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "kind": self.kind,
+            "title": self.title,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "floats": [item.to_dict() for item in self.floats],
+            "totals": self.totals.to_dict(),
+            "first": self.first.site if self.first else None,
+            "last": self.last.site if self.last else None,
+            "coverage": dataclasses.asdict(self.coverage),
+            "notes": [dataclasses.asdict(note) for note in self.notes],
+            "remarks": list(self.remarks),
+            "file_bytes": self.file_bytes,
+            "graphs": dict(self.graphs),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def text(self, width: int | None = None) -> str:
+        """What `print` shows, in a given width; None is that of the terminal."""
+        from qgraph.inspection.table import render
+
+        return render(self, width)
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def inspect(model_or_path: nn.Module | str | os.PathLike[str]) -> Inspection:
+    """What is in a model or a file: sites, specs, sizes, errors, what stays float, what was not captured.
+
+    Nothing of the model changes: modes, gradients, buffers and random states are as before.
+
+    Parameters
+    ----------
+    model_or_path : nn.Module, str or Path
+        An eager model, a prepared one, or the path of an .onnx file.
+
+    Returns
+    -------
+    Inspection
+
+    Raises
+    ------
+    InspectError
+        For anything else, for a file that is not there, and for one that is no ONNX model.
+
+    Examples
+    --------
+    >>> print(qgraph.inspect(prepared))
+    """
+    if isinstance(model_or_path, nn.Module):
+        model = model_or_path
+        return _prepared(model) if is_prepared(model) else _eager(model)
+    if isinstance(model_or_path, (str, os.PathLike)):
+        return _file(Path(model_or_path))
+    raise InspectError(
+        f"inspect: found {type(model_or_path).__name__}. Expected a torch.nn.Module or the path of an .onnx "
+        f"file; pass the model object itself."
+    )
+
+
+def _eager(model: nn.Module) -> Inspection:
+    layers, floats = eager_layers(model)
+    title = f"{type(model).__name__}: not prepared, everything is float"
+    return Inspection(
+        "eager",
+        title,
+        tuple(layers),
+        tuple(floats),
+        eager_coverage(model, layers),
+        parameter_bytes=_parameter_bytes(model),
+        source=model,
+    )
+
+
+def _prepared(model: nn.Module) -> Inspection:
+    shared = model.__dict__[STATE].shared if STATE in model.__dict__ else None
+    assert shared is not None
+    layers, covered = prepared_layers(model)
+    layers = in_order_of_use(model, layers)
+    found = coverage(model)
+    if len(layers) != found.sites:  # layers that stand ready and were not run yet count as sites
+        quantized = sum(layer.quantized for layer in layers)
+        found = dataclasses.replace(found, sites=len(layers), sites_quantized=quantized)
+    title = f"{shared.model_name or type(model).__name__}: prepared with {shared.config}"
+    return Inspection(
+        "prepared",
+        title,
+        tuple(layers),
+        tuple(float_parameters(model, covered)),
+        found,
+        tuple(dict.fromkeys(shared.notes)),
+        parameter_bytes=_parameter_bytes(model),
+        source=model,
+    )
+
+
+def _parameter_bytes(model: nn.Module) -> int:
+    named = [(name, p) for name, p in model.named_parameters() if "qgraph" not in name.split(".")]
+    return sum(p.numel() * p.element_size() for _, p in named if not nn.parameter.is_lazy(p))
+
+
+def _file(path: Path) -> Inspection:
+    from qgraph.inspection.onnx_file import read_onnx
+
+    found = read_onnx(path)
+    return Inspection(
+        "onnx",
+        found.title,
+        tuple(found.layers),
+        tuple(found.floats),
+        found.coverage,
+        remarks=tuple(found.notes),
+        file_bytes=found.file_bytes,
+        source=path,
+    )
