@@ -18,9 +18,9 @@ def emit_gather_rows(b: GraphBuilder, p: PackedWeight, name: str, indices: ir.Va
     Parameters
     ----------
     p : PackedWeight
-        Of a (rows, features) weight, channels along axis 0. If it is `aligned` (`pack` with `align_rows=True`)
-        it is stored as it is, shared with other uses of the same `p` and `name`; else it is packed anew, by
-        rows, as `<name>.rows.packed`.
+        Of a (rows, features) weight, channels along axis 0. If it is `aligned` (`pack` with
+        `align_rows=True`) it is stored as it is, shared with other uses of the same `p` and `name`; else it
+        is packed anew, by rows, as `<name>.rows.packed`.
     indices : ir.Value, int32 or int64
         Of any rank, dynamic sizes included.
     """

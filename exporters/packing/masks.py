@@ -118,7 +118,8 @@ class TileMask:
         if kept is not None:
             values = b.reshape(kept, [self.kept, area] if area > 1 else [self.kept], name=name)
             table = b.op("Concat", [table, values], {"axis": 0}, name=name)
-        tiles = b.op("Gather", [table, running_index(b, data, tall * wide, name)], {"axis": 0}, name=name)
+        index = running_index(b, _spread_bits(b, data, tall * wide, name), name)
+        tiles = b.op("Gather", [table, index], {"axis": 0}, name=name)
         if area > 1:
             tiles = b.reshape(tiles, [tall, wide, self.height, self.width], name=name)
             tiles = b.op("Transpose", [tiles], {"perm": [0, 2, 1, 3]}, name=name)
@@ -137,24 +138,18 @@ class TileMask:
             table = b.op(
                 "Concat", [table, b.slice(data, [top], [top + used], [0], name=name)], {"axis": 0}, name=name
             )
-        index = running_index(b, b.slice(data, [0], [top], [0], name=name), size, name)
+        index = running_index(b, _spread_bits(b, b.slice(data, [0], [top], [0], name=name), size, name), name)
         return b.op("Gather", [table, index], {"axis": 0}, name=name)
 
 
-def running_index(b: GraphBuilder, data: ir.Value, count: int, name: str) -> ir.Value:
-    """Mask bytes -> int32 (count,): 0 where the bit is 0, else how many are set up to and with it."""
-    bits = b.reshape(lookup(b, BITS_OF_BYTE, data, name), [-1], name=name)
-    if count % 8:
-        bits = b.slice(bits, [0], [count], [0], name=name)
-    return _ranks(b, bits, 0, name)
-
-
-def ranks_in_rows(b: GraphBuilder, bits: ir.Value, name: str) -> ir.Value:
-    """uint8 bits (groups, m) -> int32: 0 where the bit is 0, else its rank in the group, from 1."""
-    return _ranks(b, bits, 1, name)
-
-
-def _ranks(b: GraphBuilder, bits: ir.Value, axis: int, name: str) -> ir.Value:
+def running_index(b: GraphBuilder, bits: ir.Value, name: str) -> ir.Value:
+    """uint8 bits (count,) -> int32: 0 where the bit is 0, else how many are set up to and with it."""
     bits = b.cast(bits, ir.DataType.INT32, name=name)
-    count = b.op("CumSum", [bits, b.constant(np.array(axis, np.int32), "axis")], name=name)
+    count = b.op("CumSum", [bits, b.constant(np.array(0, np.int32), "axis")], name=name)
     return b.op("Mul", [count, bits], name=name)
+
+
+def _spread_bits(b: GraphBuilder, data: ir.Value, count: int, name: str) -> ir.Value:
+    """Mask bytes -> uint8 bits (count,)."""
+    bits = b.reshape(lookup(b, BITS_OF_BYTE, data, name), [-1], name=name)
+    return b.slice(bits, [0], [count], [0], name=name) if count % 8 else bits

@@ -1,8 +1,8 @@
 """N:M masks: exactly N of every M weights are kept, and a group stores which of the C(M, N) patterns it has.
 
 The smallest of three codings is taken: k patterns in one byte (2:4: 6^3 <= 256, 8/12 bit a weight), pattern
-numbers of a fixed width in bit planes (1:8: 3 bits, 3/8 bit a weight), or, for more than 256 patterns, the
-same with a compact table.
+numbers of a fixed width in bit planes (1:8: 3 bits, 3/8 bit a weight), or, where there are too many patterns
+for a table, numbers of a fixed width that are decoded by counting (enumerative.py).
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from math import comb
+from math import ceil, comb
 
 import numpy as np
 import onnx_ir as ir
 
 from qgraph.exporters.lowering.builder import GraphBuilder
 
+from . import enumerative
 from .dense import Bits, pack_plane
-from .masks import BITS_OF_BYTE, FREE, ranks_in_rows
+from .masks import BITS_OF_BYTE, FREE, running_index
 from .streams import Target, add, flatten_rows, lookup, padded, trim
 
-MAX_PATTERNS = 1 << 16
 SMALL_TABLE = 4096  # bytes; beyond it a table counts against the format and is stored as bit masks
+LARGEST_TABLE = 8192  # bytes of such bit masks; beyond it numbers are decoded by counting
+NODE_BYTES = 100  # what a node takes in a file, about
 UINT8 = Target(np.dtype(np.uint8))
 
 
@@ -49,9 +51,10 @@ class NMMask:
 
     @property
     def table_bytes(self) -> int:
-        """Size of a look-up table too big to be neglected."""
-        size = comb(self.m, self.n) * -(-self.m // 8)
-        return size if self._compact else 0
+        """What the file needs beyond small tables: a large one, or the many nodes that decode by counting."""
+        if self._counted:
+            return 20 * ceil(self.m / 8) * NODE_BYTES
+        return comb(self.m, self.n) * ceil(self.m / 8) if self._compact else 0
 
     @staticmethod
     def encode(
@@ -63,7 +66,7 @@ class NMMask:
         nonzeros.
         """
         patterns = comb(m, n)
-        if not 0 < n < m or patterns > MAX_PATTERNS:
+        if not 0 < n < m or patterns > enumerative.LARGEST:
             return None
         groups = padded(rows, m, 1).reshape(-1, m)
         if int((groups != 0).sum(axis=1).max(initial=0)) > n:
@@ -75,9 +78,10 @@ class NMMask:
         places = np.sort(np.argsort(cost, axis=1, kind="stable")[:, :n], axis=1)
         kept = np.take_along_axis(groups, places, axis=1)
         kept[np.take_along_axis(padding, places, axis=1)] = FREE
-        numbers = _numbers(places).reshape(rows.shape[0] if aligned else 1, -1)
-        mask = NMMask(n, m, _best_per_byte(numbers.shape[1], patterns))
-        return mask, mask._store(numbers), kept.reshape(len(numbers), -1)
+        lead = rows.shape[0] if aligned else 1
+        mask = NMMask(n, m, _best_per_byte(len(places) // max(1, lead), patterns))
+        numbers = mask._number(places).reshape(lead, -1)
+        return mask, mask._store(numbers), kept.reshape(lead, -1)
 
     def count(self, rows: int, columns: int) -> int:
         """How many kept values there are."""
@@ -97,7 +101,7 @@ class NMMask:
                 numbers |= Bits(bits).decode(data[:, start:end], groups).astype(np.int64) << shift
                 start = end
         out = np.zeros((lead * groups, self.m), kept.dtype)
-        places = _places(self.n, self.m)[numbers.reshape(-1)]
+        places = self._places(numbers.reshape(-1))
         np.put_along_axis(out, places, kept.reshape(lead * groups, self.n), axis=1)
         return out.reshape(rows, -1)[:, :columns]
 
@@ -118,13 +122,18 @@ class NMMask:
         rows, columns = shape
         groups = self._groups(1 if aligned else rows, columns)
         assert kept is not None
-        values = b.reshape(kept, [-1, self.n], name=name)
-        # Column 0 is the zero, which a rank of 0 reads.
-        pads = b.ints([0, 1, 0, 0])
-        values = b.op("Pad", [values, pads, b.constant(zero.reshape(()), "zero")], name=name)
-        spread = b.op(
-            "GatherElements", [values, self._emit_ranks(b, data, groups, name)], {"axis": 1}, name=name
-        )
+        if self._compact:
+            index = running_index(b, self._emit_bits(b, data, groups, name), name)
+            table = [b.constant(zero, "zero"), b.reshape(kept, [-1], name=name)]
+            table = b.op("Concat", table, {"axis": 0}, name=name)
+            spread = b.op("Gather", [table, index], {"axis": 0}, name=name)
+        else:
+            (ranks,) = self._emit_patterns(b, data, groups, [_rank_table(self.n, self.m)], name)
+            ranks = b.cast(ranks, ir.DataType.INT32, name=name)
+            values = b.reshape(kept, [-1, self.n], name=name)
+            fill = b.constant(zero.reshape(()), "zero")  # becomes column 0, which a rank of 0 reads
+            values = b.op("Pad", [values, b.ints([0, 1, 0, 0]), fill], name=name)
+            spread = b.op("GatherElements", [values, ranks], {"axis": 1}, name=name)
         width = -(-columns // self.m) * self.m
         whole = b.reshape(spread, [rows, width], name=name)
         return whole if width == columns else b.slice(whole, [0], [columns], [1], name=name)
@@ -165,13 +174,29 @@ class NMMask:
         return comb(self.m, self.n) * self.m > SMALL_TABLE
 
     @property
+    def _counted(self) -> bool:
+        return comb(self.m, self.n) * ceil(self.m / 8) > LARGEST_TABLE
+
+    @property
     def _widths(self) -> list[tuple[int, int]]:
-        """(bits, shift) of the fixed-width number: one stream, or a low byte and the rest."""
+        """(bits, shift) of the parts of a fixed-width number: whole bytes and the rest, low bits first."""
         bits = (comb(self.m, self.n) - 1).bit_length()
-        return [(bits, 0)] if bits <= 8 else [(8, 0), (bits - 8, 8)]
+        return [(min(8, bits - shift), shift) for shift in range(0, bits, 8)]
 
     def _groups(self, rows: int, columns: int) -> int:
         return rows * -(-columns // self.m)
+
+    def _number(self, places: np.ndarray) -> np.ndarray:
+        if not self._counted:
+            return _numbers(places)
+        bits = np.zeros((len(places), self.m), bool)
+        np.put_along_axis(bits, places, True, axis=1)
+        return enumerative.encode(bits, self.n)
+
+    def _places(self, numbers: np.ndarray) -> np.ndarray:
+        if not self._counted:
+            return _places(self.n, self.m)[numbers]
+        return np.nonzero(enumerative.decode(numbers, self.n, self.m))[1].reshape(len(numbers), self.n)
 
     def _store(self, numbers: np.ndarray) -> np.ndarray:
         if self.per_byte:
@@ -181,18 +206,18 @@ class NMMask:
         parts = [Bits(bits).encode((numbers >> shift) & (2**bits - 1)) for bits, shift in self._widths]
         return np.concatenate(parts, axis=1)
 
-    def _emit_ranks(self, b: GraphBuilder, data: ir.Value, groups: int, name: str) -> ir.Value:
-        """int32 (lead * groups, m): 0 where pruned, else the rank of the kept value in its group, from 1."""
-        ranks = _rank_table(self.n, self.m)
-        if not self._compact:
-            (found,) = self._emit_patterns(b, data, groups, [ranks], name)
-            return b.cast(found, ir.DataType.INT32, name=name)
-        masks = pack_plane((ranks > 0).astype(np.uint8), 1)
-        (found,) = self._emit_patterns(b, data, groups, [masks], name)
-        bits = b.reshape(lookup(b, BITS_OF_BYTE, found, name), [-1, masks.shape[1] * 8], name=name)
+    def _emit_bits(self, b: GraphBuilder, data: ir.Value, groups: int, name: str) -> ir.Value:
+        """uint8 (lead * groups * m,): 1 where kept."""
+        if self._counted:
+            found = enumerative.emit_bytes(b, self._emit_numbers(b, data, groups, name), self.n, self.m, name)
+        else:
+            masks = pack_plane((_rank_table(self.n, self.m) > 0).astype(np.uint8), 1)
+            (found,) = self._emit_patterns(b, data, groups, [masks], name)
+        bits = lookup(b, BITS_OF_BYTE, found, name)
         if self.m % 8:
+            bits = b.reshape(bits, [-1, ceil(self.m / 8) * 8], name=name)
             bits = b.slice(bits, [0], [self.m], [1], name=name)
-        return ranks_in_rows(b, bits, name)
+        return b.reshape(bits, [-1], name=name)
 
     def _emit_patterns(
         self, b: GraphBuilder, data: ir.Value, groups: int, tables: list[np.ndarray], name: str
@@ -234,9 +259,10 @@ def _best_per_byte(groups: int, patterns: int) -> int:
     per_byte = 0
     while patterns ** (per_byte + 1) <= 256 and per_byte < 8:
         per_byte += 1
-    bits = max(1, (patterns - 1).bit_length())
-    fixed = Bits(bits).size(groups) if bits <= 8 else groups + Bits(bits - 8).size(groups)
-    return per_byte if per_byte and -(-groups // per_byte) <= fixed else 0
+    if not per_byte:
+        return 0
+    fixed = Bits((patterns - 1).bit_length()).size(groups)
+    return per_byte if ceil(groups / per_byte) <= fixed else 0
 
 
 def _digits(numbers: np.ndarray, base: int, count: int) -> np.ndarray:

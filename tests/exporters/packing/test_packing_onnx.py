@@ -64,7 +64,7 @@ def test_sparse(bits, sparsity, opset, tmp_path):
 
 
 def test_a_pattern_with_a_compact_table(tmp_path):
-    """4:16 has 1820 patterns; on a weight of this size they pay, as bit masks ranked at load time."""
+    """4:16 has 1820 patterns; on a weight of this size a table of bit masks pays, ranked at load time."""
     q = make_weight(1, (128, 1024), sparsity="4:16")
     p, _ = decoder(q, 13)
     assert p.format == "4:16+bits1"
