@@ -83,6 +83,7 @@ def function_name(node: fx.Node) -> str:
 def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
     """The sites of a graph in order, with the same operand names as `capture.operands` gives to running Python."""
     sources: dict[fx.Node, Source] = {}
+    numbers: set[fx.Node] = set()
     ordinals: dict[str, list[fx.Node]] = {}
 
     def ordinal(key: str, node: fx.Node) -> int:
@@ -92,7 +93,9 @@ def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
         return met.index(node)
 
     for node in graph.nodes:
-        sources[node] = node_source(node, sources, owner)
+        if _is_number(node, numbers):
+            numbers.add(node)
+        sources[node] = node_source(node, sources, numbers, owner)
         name = function_name(node)
         call = site_call(name, node.args, node.kwargs, rank) if name else None
         if call is None:
@@ -104,8 +107,10 @@ def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
             yield GraphSite(node, site)
 
 
-def node_source(node: fx.Node, sources: dict[fx.Node, Source], owner: Owner) -> Source:
-    """What a node derives from, given the sources of the nodes before it."""
+def node_source(
+    node: fx.Node, sources: dict[fx.Node, Source], numbers: set[fx.Node], owner: Owner
+) -> Source:
+    """What a node derives from, given the sources of the nodes before it, and which of them are numbers."""
     if node.op == "placeholder":
         if node.meta.get("parameter"):
             return Source("parameter", (f"{owner.path}.{node.target}".lstrip("."),))
@@ -116,7 +121,7 @@ def node_source(node: fx.Node, sources: dict[fx.Node, Source], owner: Owner) -> 
         return Source("parameter", (owner.shared.canonical_name(owner.path, str(node.target)),), exact=True)
     if is_quantizer(node, owner.module):
         return sources.get(node.args[0], CONSTANT) if isinstance(node.args[0], fx.Node) else CONSTANT
-    inputs = [sources[n] for n in node.all_input_nodes if not _is_number(n)]
+    inputs = [sources[n] for n in node.all_input_nodes if n not in numbers]
     if node.op == "call_module":
         if inputs:
             return DATA
@@ -153,13 +158,15 @@ def unquantized(value: Any) -> Any:
     return value
 
 
-def _is_number(node: fx.Node) -> bool:
-    """Sizes and flags say nothing of what a tensor derives from."""
-    return function_name(node) in ("size", "numel", "dim", "shape", "dtype", "device", "ndim", "len") or (
-        node.op != "placeholder"
-        and bool(node.all_input_nodes)
-        and all(_is_number(n) for n in node.all_input_nodes)
-    )
+def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
+    """Sizes, flags and what is made of them alone say nothing of what a tensor derives from."""
+    if function_name(node) in _SIZES:
+        return True
+    inputs = node.all_input_nodes
+    return node.op != "placeholder" and bool(inputs) and numbers.issuperset(inputs)
+
+
+_SIZES = frozenset({"size", "numel", "dim", "shape", "dtype", "device", "ndim", "len"})
 
 
 # -- the sites of a prepared model -------------------------------------------------------------------------------------
