@@ -125,11 +125,16 @@ def _join_fields(b: GraphBuilder, codes: ir.Value, shape: tuple[int, int], bits:
     )
     total = parts[0]
     for i in range(1, per):
-        amount = b.constant(np.array(i * bits, np.uint8), "shift")
-        total = add(
-            b, total, b.op("BitShift", [parts[i], amount], {"direction": "LEFT"}, name=node), UINT8, node
-        )
+        total = add(b, total, _shifted(b, parts[i], i * bits, node), UINT8, node)
     return b.reshape(total, shape, name=node)
+
+
+def _shifted(b: GraphBuilder, value: ir.Value, bits: int, node: str) -> ir.Value:
+    """uint8 to the left. onnxruntime multiplies faster than it shifts; opset 14 allows it."""
+    if b.opset < 14:
+        amount = b.constant(np.array(bits, np.uint8), "shift")
+        return b.op("BitShift", [value, amount], {"direction": "LEFT"}, name=node)
+    return b.op("Mul", [value, b.constant(np.array(1 << bits, np.uint8), "shift")], name=node)
 
 
 def _pad_columns(b: GraphBuilder, value: ir.Value, missing: int, node: str) -> ir.Value:
