@@ -48,11 +48,7 @@ def graph_text(graph: fx.Graph, *, where: bool = True) -> str:
         Put a comment with file and line before the operations of each line of the user's code.
     """
     nodes = {node.name: node for node in graph.nodes}
-    renamed = {
-        node.name: str(node.target)
-        for node in graph.nodes
-        if node.op == "placeholder" and node.name != node.target and node.target not in nodes
-    }
+    renamed = _renamed(graph)
     aliases = {f"{new} = {old}" for new, old in renamed.items()}
     lines: list[str] = []
     last = ""
@@ -66,10 +62,22 @@ def graph_text(graph: fx.Graph, *, where: bool = True) -> str:
             lines.append(f"    # {place}")
             last = place
         line = tidy(line)
-        if renamed:
-            line = _WORD.sub(lambda m: renamed.get(m.group(), m.group()), line)
-        lines.append(line)
+        lines.append(_with_names(line, renamed))
     return "\n".join(lines)
+
+
+def _renamed(graph: fx.Graph) -> dict[str, str]:
+    """Arguments that torch.fx gave another name (``input_1`` for ``input``), and the user's own."""
+    taken = {node.name for node in graph.nodes}
+    return {
+        node.name: str(node.target)
+        for node in graph.nodes
+        if node.op == "placeholder" and node.name != node.target and node.target not in taken
+    }
+
+
+def _with_names(text: str, names: dict[str, str]) -> str:
+    return _WORD.sub(lambda m: names.get(m.group(), m.group()), text) if names else text
 
 
 def tidy(line: str) -> str:
@@ -127,9 +135,10 @@ def short_where(where: str) -> str:
 
 def _variant_text(variant: Any) -> str:
     lines = []
+    names = _renamed(variant.graph)
     for guard in variant.guards:
         place = short_where(guard.where)
-        lines.append(f"# holds while {guard.source}" + (f"  ({place})" if place else ""))
+        lines.append(f"# holds while {_with_names(guard.source, names)}" + (f"  ({place})" if place else ""))
     if variant.late_guards:
         lines.append(f"# and while its {variant.late_guards} checks hold")
     return "\n".join([*lines, graph_text(variant.graph)])

@@ -110,7 +110,7 @@ def _row(layer: Any) -> Layer:
         bytes_after=layer.bytes if own else 0,
         reason=reason,
         tied_to=layer.shared_with,
-        form=f"{layer.format}, {layer.form}" if layer.form else layer.format,
+        form=layer.form or layer.format,
     )
 
 

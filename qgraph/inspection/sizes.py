@@ -1,6 +1,7 @@
-"""What a weight takes and what it loses: ideal bits of codes and patterns, bytes, and the error in dB.
+"""What a weight takes and what it loses: bits of codes, patterns and scales, bytes, and the error in dB.
 
-Ideal means by information alone, before any packing: a file takes a little more, as its export report says.
+Codes are as wide as the spec says, patterns as short as can be. A file may take less, where levels do not
+occur, or more, where rows are padded; its export report says.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qgraph.inspection.summary import Inspection
 
 NARROWEST, USUAL, WIDEST = 80, 120, 200
+ROOMY = 100  # below, the groups (the spec says them too) and a file's forms have no column
 NAMED = 6  # how many names a line lists before it says how many more there are
 
 
@@ -30,7 +31,7 @@ def render(inspection: Inspection, width: int | None = None) -> str:
         width = min(max(shutil.get_terminal_size((USUAL, 24)).columns, NARROWEST), WIDEST)
     console = Console(file=io.StringIO(), width=width, highlight=False, markup=False, color_system=None)
     if inspection.layers:
-        console.print(_table(inspection))
+        console.print(_table(inspection, width))
     assert isinstance(console.file, io.StringIO)
     table = [line.rstrip() for line in console.file.getvalue().rstrip().splitlines()]
     below = [wrapped for line in _lines(inspection) for wrapped in _wrapped(line, width)]
@@ -42,23 +43,28 @@ def _wrapped(line: str, width: int) -> list[str]:
     return textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
 
 
-def _table(inspection: Inspection) -> Table:
+def _table(inspection: Inspection, width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
     onnx = inspection.kind == "onnx"
-    table.add_column("weight", overflow="fold", ratio=None)
+    rows = [_cells(layer) for layer in inspection.layers]
+    longest = max(len(row[0]) for row in rows)
+    table.add_column("weight", overflow="fold", min_width=min(longest, width * 3 // 8))
     table.add_column("op", overflow="fold")
     table.add_column("shape", overflow="fold")
     table.add_column("spec", overflow="fold")
-    table.add_column("groups", overflow="fold")
+    if width >= ROOMY:
+        table.add_column("groups", overflow="fold")
     table.add_column("bits/w", justify="right", no_wrap=True)
     table.add_column("before", justify="right", no_wrap=True)
     table.add_column("after", justify="right", no_wrap=True)
-    if onnx:
-        table.add_column("form", overflow="fold")
-    else:
+    if not onnx:
         table.add_column("dB", justify="right", no_wrap=True)
-    for layer in inspection.layers:
-        table.add_row(*_cells(layer), layer.form if onnx else decibels(layer.error_db))
+    elif width >= ROOMY:
+        table.add_column("form", overflow="fold")
+    for layer, row in zip(inspection.layers, rows, strict=True):
+        last = layer.form if onnx else decibels(layer.error_db)
+        cells = [*row, last] if width >= ROOMY else [*row[:4], *row[5:], *([] if onnx else [last])]
+        table.add_row(*cells)
     return table
 
 
