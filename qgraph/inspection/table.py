@@ -44,11 +44,12 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 def _table(inspection: Inspection, width: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     onnx = inspection.kind == "onnx"
     rows = [_cells(layer) for layer in inspection.layers]
     longest = max(len(row[0]) for row in rows)
-    table.add_column("weight", overflow="fold", min_width=min(longest, width * 3 // 8))
+    share = width * 3 // 8 if width >= ROOMY else width // 5
+    table.add_column("weight", overflow="fold", min_width=min(longest, share))
     table.add_column("op", overflow="fold")
     table.add_column("shape", overflow="fold")
     table.add_column("spec", overflow="fold")
