@@ -15,10 +15,11 @@ import onnx_ir as ir
 
 from qgraph.exporters.lowering.builder import GraphBuilder
 
-from .dense import pack_plane, unpack_plane
-from .streams import lookup, padded
+from .dense import Bits, pack_plane, unpack_plane
+from .streams import Target, lookup, padded
 
 FREE = 1  # what stands at a kept position whose value is never read: a level of every symmetric alphabet
+PIECES = (8, 4)
 BITS_OF_BYTE = unpack_plane(np.arange(256, dtype=np.uint8)[:, None], 1)  # (256, 8), low bit first
 
 
@@ -32,15 +33,18 @@ class TileMask:
         The tile. Rows and columns are padded to whole tiles.
     kept : int
         Number of tiles kept.
-    squeezed : int
-        0, or 1 + the number of mask bytes that are not zero when only those are stored, behind one bit a
-        byte.
+    piece : int
+        0, or 4 or 8: the mask is cut in pieces of so many bits, and what is stored is one bit a piece, then
+        the pieces that are not zero.
+    used : int
+        The number of those.
     """
 
     height: int
     width: int
     kept: int
-    squeezed: int = 0
+    piece: int = 0
+    used: int = 0
 
     @property
     def name(self) -> str:
@@ -69,14 +73,14 @@ class TileMask:
             inside[: rows.shape[0], : rows.shape[1]] = True
             inside = inside.reshape(tall, height, wide, width).transpose(0, 2, 1, 3).reshape(tiles.shape)
             kept[~inside[bits]] = FREE
-        data = pack_plane(bits[None].astype(np.uint8), 1)[0]
-        used = data != 0
-        top = pack_plane(used[None].astype(np.uint8), 1)[0]
-        squeezed = 0
-        if top.size + int(used.sum()) < data.size:
-            squeezed = 1 + int(used.sum())
-            data = np.concatenate([top, data[used]])
-        return TileMask(height, width, len(kept), squeezed), data, kept.reshape(1, -1)
+        data = pack_plane(bits[None].astype(np.uint8), 1)
+        best, piece, used = data[0], 0, 0
+        for size in PIECES:
+            cells = unpack_plane(data, size)
+            parts = pack_plane((cells != 0).astype(np.uint8), 1), pack_plane(cells[cells != 0][None], size)
+            if parts[0].size + parts[1].size < best.size:
+                best, piece, used = np.concatenate(parts, axis=1)[0], size, int((cells != 0).sum())
+        return TileMask(height, width, len(kept), piece, used), best, kept.reshape(1, -1)
 
     def count(self, rows: int, columns: int) -> int:
         """How many kept values there are."""
@@ -85,13 +89,12 @@ class TileMask:
     def decode(self, data: np.ndarray, kept: np.ndarray, rows: int, columns: int) -> np.ndarray:
         """The inverse of `encode`: (rows, columns) levels."""
         tall, wide = self._tiles(rows, columns)
-        if self.squeezed:
-            size = ceil(tall * wide / 8)
-            top = ceil(size / 8)
-            used = unpack_plane(data[None, :top], 1)[0][:size].astype(bool)
-            full = np.zeros(used.size, np.uint8)
-            full[used] = data[top:]
-            data = full
+        if self.piece:
+            cells, top = self._cells(tall * wide)
+            used = unpack_plane(data[None, :top], 1)[:, :cells].astype(bool)
+            full = np.zeros((1, cells), np.uint8)
+            full[used] = unpack_plane(data[None, top:], self.piece)[0, : self.used]
+            data = pack_plane(full, self.piece)[0]
         bits = unpack_plane(data[None], 1)[0][: tall * wide].astype(bool)
         tiles = np.zeros((tall * wide, self.height * self.width), kept.dtype)
         tiles[bits] = kept.reshape(self.kept, self.height * self.width)
@@ -111,14 +114,13 @@ class TileMask:
         """ONNX: mask bytes (1-D) and kept values ((1, count), or None) -> (rows, columns)."""
         rows, columns = shape
         tall, wide = self._tiles(rows, columns)
-        if self.squeezed:
-            data = self._unsqueeze(b, data, -(-tall * wide // 8), name)
         area = self.height * self.width
         table = b.constant(np.broadcast_to(zero, (1, area) if area > 1 else (1,)), "zero")
         if kept is not None:
             values = b.reshape(kept, [self.kept, area] if area > 1 else [self.kept], name=name)
             table = b.op("Concat", [table, values], {"axis": 0}, name=name)
-        index = running_index(b, _spread_bits(b, data, tall * wide, name), name)
+        cells = self._emit_cells(b, data, tall * wide, name) if self.piece else data
+        index = running_index(b, _spread_bits(b, cells, tall * wide, name, self.piece or 8), name)
         tiles = b.op("Gather", [table, index], {"axis": 0}, name=name)
         if area > 1:
             tiles = b.reshape(tiles, [tall, wide, self.height, self.width], name=name)
@@ -131,15 +133,22 @@ class TileMask:
     def _tiles(self, rows: int, columns: int) -> tuple[int, int]:
         return -(-rows // self.height), -(-columns // self.width)
 
-    def _unsqueeze(self, b: GraphBuilder, data: ir.Value, size: int, name: str) -> ir.Value:
-        top, used = -(-size // 8), self.squeezed - 1
+    def _cells(self, bits: int) -> tuple[int, int]:
+        """(pieces of a mask of so many bits, bytes of the one bit for each)."""
+        cells = ceil(bits / 8) * 8 // self.piece
+        return cells, ceil(cells / 8)
+
+    def _emit_cells(self, b: GraphBuilder, data: ir.Value, bits: int, name: str) -> ir.Value:
+        """All pieces of the mask, uint8 (pieces,)."""
+        cells, top = self._cells(bits)
         table = b.constant(np.zeros(1, np.uint8), "zero")
-        if used:
-            table = b.op(
-                "Concat", [table, b.slice(data, [top], [top + used], [0], name=name)], {"axis": 0}, name=name
-            )
-        index = running_index(b, _spread_bits(b, b.slice(data, [0], [top], [0], name=name), size, name), name)
-        return b.op("Gather", [table, index], {"axis": 0}, name=name)
+        if self.used:
+            rest = b.slice(data, [top], [top + ceil(self.used * self.piece / 8)], [0], name=name)
+            rest = b.reshape(rest, [1, -1], name=name)
+            rest = Bits(self.piece).emit(b, rest, self.used, name, Target(np.dtype(np.uint8)))
+            table = b.op("Concat", [table, b.reshape(rest, [-1], name=name)], {"axis": 0}, name=name)
+        which = _spread_bits(b, b.slice(data, [0], [top], [0], name=name), cells, name)
+        return b.op("Gather", [table, running_index(b, which, name)], {"axis": 0}, name=name)
 
 
 def running_index(b: GraphBuilder, bits: ir.Value, name: str) -> ir.Value:
@@ -149,7 +158,8 @@ def running_index(b: GraphBuilder, bits: ir.Value, name: str) -> ir.Value:
     return b.op("Mul", [count, bits], name=name)
 
 
-def _spread_bits(b: GraphBuilder, data: ir.Value, count: int, name: str) -> ir.Value:
-    """Mask bytes -> uint8 bits (count,)."""
-    bits = b.reshape(lookup(b, BITS_OF_BYTE, data, name), [-1], name=name)
+def _spread_bits(b: GraphBuilder, data: ir.Value, count: int, name: str, width: int = 8) -> ir.Value:
+    """Pieces of a mask, `width` bits in each byte -> uint8 bits (count,)."""
+    table = BITS_OF_BYTE[: 2**width, :width]
+    bits = b.reshape(lookup(b, table, data, name), [-1], name=name)
     return b.slice(bits, [0], [count], [0], name=name) if count % 8 else bits
