@@ -150,9 +150,8 @@ def _role(operand: Operand, i: int, call: SiteCall, sources: list[Source]) -> st
         return "input" if operand.role == "either" else "other"
     if operand.role == "weight":
         return "weight"
-    other = sources[1 - i]
-    # A product of two parameters makes a weight, it does not use one; what it feeds is the site.
-    return "other" if other.kind == "parameter" else "weight"
+    # A product that meets no data makes a weight, it does not use one; what it feeds is the site.
+    return "weight" if sources[1 - i].kind == "data" else "other"
 
 
 def _placed_weight(

@@ -18,9 +18,13 @@ from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import Running, SiteMode, run_opaque
 from qgraph.capture.session import active, capturing, current
 from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Snapshot, Variant, shapes
-from qgraph.graph import STATE
+from qgraph.graph import STATE, quantizer_modules
 
 _classes: dict[type, type] = {}
+
+
+# In eval these have a fused path of torch's own, which a graph does not take: with every quantizer off they may.
+_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class Captured:
@@ -98,6 +102,8 @@ def dispatch(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dic
 
 def _run(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: ModuleState = module.__dict__[STATE]
+    if isinstance(module, _FAST_PATHS) and not module.training and _all_off(module):
+        return forward(module, *args, **kwargs)
     call = state.call(args, kwargs)
     variant = state.select(module, call)
     if variant is None:
@@ -105,6 +111,10 @@ def _run(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[st
     if not variant.late_guards or torch.compiler.is_compiling():
         return variant.function()(module, *call.values)
     return _run_checked(module, state, variant, forward, call, args, kwargs)
+
+
+def _all_off(module: nn.Module) -> bool:
+    return not any(quantizer.enabled for quantizer in quantizer_modules(module))
 
 
 def _run_checked(

@@ -1,0 +1,339 @@
+"""What a prepared model goes on doing as any torch module: dtypes, hooks, compile, checkpoints; and clear errors."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import qgraph
+from qgraph.graph import coverage, sites
+from tests.models import CNN, GPT, Branching, Encoder, Functional, Twice
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_state_dict_goes_from_the_original_to_the_prepared_model_and_back():
+    model, other = mlp(), mlp()
+    prepared = qgraph.prepare(mlp(), "W4", X)
+    prepared.load_state_dict(model.state_dict(), strict=True)
+    with qgraph.disabled(prepared):
+        assert torch.equal(prepared(X), model(X))
+    other.load_state_dict(prepared.state_dict(), strict=True)
+    assert torch.equal(other(X), model(X))
+
+
+def test_learned_steps_exist_right_after_prepare_and_load_strictly():
+    config = qgraph.QConfig(qgraph.QuantSpec(4, "linear", method="lsq"), None, None)
+    first, second = qgraph.prepare(mlp(), config), qgraph.prepare(mlp(), config, X)
+    steps = [n for n, _ in first.named_parameters() if n.endswith("step")]
+    assert steps == ["0.qgraph.weight.step", "2.qgraph.weight.step"]
+    assert list(first.state_dict()) == list(second.state_dict())
+    second.load_state_dict(first.state_dict(), strict=True)
+    optimizer = torch.optim.SGD(second.parameters(), 0.1)
+    before = second[0].qgraph.weight.step.detach().clone()
+    second(X).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before, second[0].qgraph.weight.step)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_to_another_dtype(dtype):
+    prepared = qgraph.prepare(mlp(), "A8W4@8", X)
+    moved = copy.deepcopy(prepared).to(dtype)
+    out = moved(X.to(dtype))
+    assert out.dtype == dtype
+    assert torch.allclose(out.float(), prepared(X), atol=0.05)
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in moved.parameters())
+
+
+@pytest.mark.parametrize("make", [CNN, GPT, Encoder], ids=["cnn", "gpt", "encoder"])
+def test_autocast_gives_eagers_dtypes_and_with_quantizers_off_eagers_values(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    x = {CNN: torch.randn(2, 3, 16, 16), GPT: torch.randint(0, 33, (2, 7)), Encoder: torch.randn(2, 7, 16)}[make]
+    prepared = qgraph.prepare(model, "A8W4", x)
+    with torch.autocast("cpu", torch.bfloat16):
+        with qgraph.disabled(prepared):
+            assert torch.equal(prepared(x), model(x))
+        out = prepared(x)
+        assert out.dtype == model(x).dtype
+    out.float().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in prepared.parameters() if p.grad is not None)
+
+
+def test_autocast_region_inside_a_forward_is_kept():
+    class Region(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.fc(x)
+            with torch.autocast("cpu", enabled=False):
+                z = y.float() @ y.float().T
+            with torch.autocast("cpu", torch.bfloat16):
+                return z, self.fc(x)
+
+    model, x = Region(), torch.randn(3, 8)
+    prepared = qgraph.prepare(model, "W4", x)
+    for on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on), qgraph.disabled(prepared):
+            a, b = prepared(x), model(x)
+            assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(a, b, strict=True))
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_hooks_made_before_and_after_prepare_run():
+    model, seen = mlp(), []
+    model[0].register_forward_hook(lambda m, i, o: seen.append("before"))
+    prepared = qgraph.prepare(model, "W4", X)
+    prepared[2].register_forward_pre_hook(lambda m, i: seen.append("pre"))
+    prepared[2].register_full_backward_hook(lambda m, gi, go: seen.append("backward"))
+    seen.clear()
+    prepared(X).sum().backward()
+    assert seen == ["before", "pre", "backward"]
+
+
+def test_a_hook_that_changes_the_output_is_honoured():
+    prepared = qgraph.prepare(mlp(), "W4", X)
+    plain = prepared(X)
+    handle = prepared[0].register_forward_hook(lambda m, i, o: o * 0)
+    assert not torch.equal(prepared(X), plain)
+    handle.remove()
+    assert torch.equal(prepared(X), plain)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm])
+def test_weights_that_are_computed_are_quantized(norm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(norm(nn.Linear(16, 8)), nn.Tanh(), nn.Linear(8, 2))
+    prepared = qgraph.prepare(model, "W2", X) if norm is not nn.utils.weight_norm else None
+    if prepared is None:
+        prepared = qgraph.prepare(model, "W2", X, inplace=True)  # torch cannot deep-copy the old weight_norm
+    assert [s.reason for s in sites(prepared)] == [None, None]
+    prepared(X).square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in prepared.parameters())
+
+
+def test_parametrization_added_after_prepare_is_still_quantized():
+    class Double(nn.Module):
+        def forward(self, w):
+            return w * 2
+
+    prepared = qgraph.prepare(mlp(), "W1", X)
+    parametrize.register_parametrization(prepared[0], "weight", Double())
+    out = prepared(X)
+    weight = next(s for s in sites(prepared) if s.path == "0")
+    assert weight.reason is None and torch.isfinite(out).all()
+
+
+def test_torch_compile_gives_the_same_without_a_graph_break():
+    torch._dynamo.reset()
+    prepared = qgraph.prepare(GPT(), "A8W4@8", torch.randint(0, 33, (2, 7))).eval()
+    compiled = torch.compile(prepared, backend="aot_eager", fullgraph=True)
+    x = torch.randint(0, 33, (2, 7))
+    assert torch.allclose(compiled(x), prepared(x), atol=1e-6)
+    compiled(x).sum().backward()
+    torch._dynamo.reset()
+
+
+def test_multihead_attention_fast_path_does_not_step_around_the_quantizers():
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    x = torch.randn(2, 5, 16)
+    prepared = qgraph.prepare(model, "W1", x)
+    with torch.no_grad():
+        assert not torch.allclose(prepared(x), model(x), atol=1e-3)
+        with qgraph.disabled(prepared):
+            assert torch.equal(prepared(x), model(x))
+    names = {s.name for s in sites(prepared)}
+    assert {"encoder.layers.0.self_attn.in_proj_weight", "encoder.layers.0.self_attn.out_proj.weight"} <= names
+
+
+def test_disabled_by_glob_and_set_enabled():
+    prepared = qgraph.prepare(mlp(), "W1", X)
+    on = prepared(X)
+    with qgraph.disabled(prepared, "0"):
+        first_off = prepared(X)
+    with qgraph.disabled(prepared):
+        off = prepared(X)
+    assert torch.equal(prepared(X), on)
+    assert not torch.equal(first_off, on) and not torch.equal(first_off, off)
+    qgraph.set_enabled(prepared, False, "0")
+    assert torch.equal(prepared(X), first_off)
+    qgraph.set_enabled(prepared, True)
+    assert torch.equal(prepared(X), on)
+
+
+def test_rules_choose_by_path_type_and_leave_float_what_they_exclude():
+    config = qgraph.QConfig.parse("W2").with_rules(qgraph.Rule("2", None))
+    prepared = qgraph.prepare(mlp(), config, X)
+    assert {s.name: s.reason for s in sites(prepared)} == {"0.weight": None, "2.weight": "a rule leaves it float"}
+    h = torch.randn(3, 32)
+    assert torch.equal(prepared[2](h), F.linear(h, prepared[2].weight, prepared[2].bias))
+
+
+def test_a_tied_weight_has_one_quantizer_also_when_used_transposed():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb = nn.Embedding(10, 8)
+
+        def forward(self, ids):
+            return self.emb(ids) @ self.emb.weight.t()
+
+    prepared = qgraph.prepare(Tied(), "W2@4", torch.randint(0, 10, (2, 3)))
+    quantizers = {id(s.quantizer) for s in sites(prepared)}
+    assert len(sites(prepared)) == 2 and len(quantizers) == 1
+
+
+def test_training_lowers_the_loss_and_pruned_weights_come_back():
+    torch.manual_seed(0)
+    prepared = qgraph.prepare(mlp(), "A4W1-2:4", X)
+    optimizer = torch.optim.Adam(prepared.parameters(), 1e-2)
+    target = torch.randn(5, 4)
+    losses = []
+    masks = []
+    for _ in range(60):
+        loss = F.mse_loss(prepared(X), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        sparsifier = prepared[0].qgraph.weight__sparsifier
+        masks.append(sparsifier(prepared[0].weight) != 0)
+    assert losses[-1] < 0.5 * losses[0]
+    assert bool((~masks[0] & masks[-1]).any())
+    assert all(bool((m.reshape(-1, 4).sum(1) == 2).all()) for m in masks)
+
+
+def test_inplace_keeps_the_optimizers_parameters():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    prepared = qgraph.prepare(model, "W4", X, inplace=True)
+    assert prepared is model
+    before = model[0].weight.detach().clone()
+    prepared(X).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before, prepared[0].weight)
+
+
+def test_not_inplace_leaves_the_original_untouched():
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    qgraph.prepare(model, "W4", X)
+    assert type(model) is nn.Sequential and type(model[0]) is nn.Linear
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not any("qgraph" in n for n, _ in model.named_modules())
+
+
+def test_prepare_leaves_random_state_buffers_and_mode_as_they_were():
+    model = CNN().eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    prepared = qgraph.prepare(model, "W4", x)
+    assert torch.equal(torch.rand(1), expected)
+    assert not prepared.training and not prepared.bn1.training
+    assert all(torch.equal(a, b) for a, b in zip(prepared.buffers(), model.buffers(), strict=True))
+
+
+def test_strict_names_an_uncovered_site_with_file_and_line():
+    with pytest.raises(qgraph.CaptureError, match=r"site 'w' \(linear at .*models\.py:\d+\) is in no graph"):
+        qgraph.prepare(Branching(), "W4", torch.rand(2, 8), strict=True)
+    qgraph.prepare(Functional(), "W4", torch.randn(2, 1, 9, 9), strict=True)
+
+
+def test_lora_style_products_are_quantized_where_they_are_used():
+    class Lora(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.a, self.b = (nn.Parameter(torch.randn(*s)) for s in ((6, 8), (2, 8), (6, 2)))
+
+        def forward(self, x):
+            return F.linear(x, self.w + self.b @ self.a)
+
+    prepared = qgraph.prepare(Lora(), "W2", torch.randn(3, 8))
+    assert [(s.op, s.reason) for s in sites(prepared)] == [("linear", None)]
+
+
+def test_threads_capture_at_once_without_disturbing_each_other():
+    import threading
+
+    models, outs = [qgraph.prepare(mlp(), "W4") for _ in range(4)], [None] * 4
+    expected = qgraph.prepare(mlp(), "W4", X)(X)
+
+    def work(i):
+        outs[i] = models[i](X)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(torch.equal(o, expected) for o in outs)
+
+
+def test_nothing_stays_patched_even_after_a_failure():
+    call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+    enter = torch.autocast.__enter__
+    with pytest.raises(qgraph.CaptureError):
+        qgraph.prepare(mlp(), "W4", torch.randn(2, 7))
+    assert nn.Module.__call__ is call and torch.autograd.Function.__dict__["apply"] is apply
+    assert torch.autocast.__enter__ is enter
+    assert torch._C._len_torch_function_stack() == 0
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_not_a_module():
+    with pytest.raises(qgraph.CaptureError, match=r"expected a torch.nn.Module, found function"):
+        qgraph.prepare(mlp)
+
+
+def test_twice():
+    prepared = qgraph.prepare(mlp(), "W4", X)
+    with pytest.raises(qgraph.CaptureError, match="prepared already"):
+        qgraph.prepare(prepared, "W4")
+
+
+def test_inputs_that_the_model_rejects_keep_the_users_traceback():
+    with pytest.raises(qgraph.CaptureError, match=r"does not run on the example inputs \(torch.float32 \(2, 7\)\)") as e:
+        qgraph.prepare(mlp(), "W4", torch.randn(2, 7))
+    assert isinstance(e.value.__cause__, RuntimeError) and "mat1" in str(e.value.__cause__)
+
+
+def test_a_rule_that_matches_nothing_names_near_misses():
+    config = qgraph.QConfig.parse("W4").with_rules(qgraph.Rule("fcc", None))
+    with pytest.raises(qgraph.ConfigError, match="did you mean 'fc'"):
+        qgraph.prepare(Twice(), config)
+
+
+def test_disabled_on_a_model_that_is_not_prepared():
+    with pytest.raises(qgraph.CaptureError, match="not prepared"), qgraph.disabled(mlp()):
+        pass
+    with pytest.raises(qgraph.ConfigError, match="no quantizer's site matches 'nope'"):
+        qgraph.set_enabled(qgraph.prepare(mlp(), "W4", X), True, "nope")
+
+
+def test_coverage_counts_graphs_and_misses():
+    prepared = qgraph.prepare(mlp(), "W4", X)
+    found = coverage(prepared)
+    assert (found.modules, found.captured, found.graphs) == (3, 3, 6)
+    assert (found.sites, found.sites_quantized, found.guard_misses) == (2, 2, 0)
