@@ -91,7 +91,9 @@ def _stem(name: str) -> str:
 
 
 def merge_reshapes(graph: ir.Graph) -> None:
-    """Take out each Reshape that another one follows at once, and each of an initializer to the shape it has."""
+    """Take out each Reshape that another one follows at once, and each of an initializer to the shape it
+    has.
+    """
     for node in list(graph):
         if node.op_type != "Reshape" or node.outputs[0].is_graph_output():
             continue

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.modules import ActivationForm
+from qgraph.ops import quantize
 from qgraph.ops.ste import absmean_factor
 
 TIE = 1e-4  # in code steps: float32 computes a position in 0..255 to about 3e-5
@@ -56,17 +57,17 @@ def explain(x: Tensor, y: Tensor, own: Tensor, form: ActivationForm) -> Explaine
     )
     flips = ties = 0
     rest = 0.0
-    pieces = zip(
-        groups.pieces(x.double()), groups.pieces(y.double()), groups.pieces(own.double()), strict=True
-    )
-    for (before, after, mine), size in zip(pieces, sizes, strict=False):
+    codes = quantize(own, form.spec, groups, step=form.step).codes
+    assert codes is not None
+    cut = (groups.pieces(tensor.double()) for tensor in (x, y, codes))
+    for (before, after, mine), size in zip(zip(*cut, strict=True), sizes, strict=False):
         part = _piece(before, after, mine, form.spec, size)
         flips, ties, rest = flips + part.flips, ties + part.ties, max(rest, part.unexplained)
     largest = float(x.abs().max())
     return Explained(flips, ties, rest / largest if largest else rest)
 
 
-def _piece(x: Tensor, y: Tensor, own: Tensor, spec: QuantSpec, size: Tensor | None) -> Explained:
+def _piece(x: Tensor, y: Tensor, own_codes: Tensor, spec: QuantSpec, size: Tensor | None) -> Explained:
     f, step, low = _positions(x, spec, size)
     q = _codes(f, spec)
     tie = _on_tie(f, spec)
@@ -74,7 +75,7 @@ def _piece(x: Tensor, y: Tensor, own: Tensor, spec: QuantSpec, size: Tensor | No
     legal = (taken == q) | (tie & ((taken - q).abs() <= (2 if _binary(spec) else 1)))
     expected = _dequantize(x, taken, step, low, spec)
     wrong = (y - expected).abs().masked_fill(~legal, float("inf"))
-    flips = int((taken != _codes(_positions(own, spec, size)[0], spec)).sum())
+    flips = int((taken != own_codes).sum())
     wrong = torch.where(
         torch.isnan(wrong), torch.where(torch.isnan(y) & torch.isnan(expected), 0.0, float("inf")), wrong
     )

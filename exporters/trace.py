@@ -232,7 +232,12 @@ def quiet() -> Iterator[None]:
     """Keep the exporter's own chatter (missing torchvision, deprecations) off the user's terminal."""
     loggers = [logging.getLogger(name) for name in CHATTY]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    silenced = io.StringIO()  # torch prints a failed graph; what matters of it is in the error
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(silenced),
+        contextlib.redirect_stderr(silenced),
+    ):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)

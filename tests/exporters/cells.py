@@ -1,4 +1,6 @@
-"""Layers with quantizers placed by hand, many to a model, so that one export covers many cells of the matrix."""
+"""Layers with quantizers placed by hand, many to a model, so that one export covers many cells of the
+matrix.
+"""
 
 from __future__ import annotations
 

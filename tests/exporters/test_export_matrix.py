@@ -1,4 +1,6 @@
-"""Every kind of layer with every width, granularity, sparsity and activation, in both targets, run by plain onnxruntime."""
+"""Every kind of layer with every width, granularity, sparsity and activation, in both targets, run by plain
+onnxruntime.
+"""
 
 import numpy as np
 import onnx
@@ -16,9 +18,7 @@ FEWER = {"lstm": CELLS[::2], "gru": CELLS[1::2]}  # eight weights a cell
 def run(path, x, level):
     options = ort.SessionOptions()
     options.graph_optimization_level = level
-    return ort.InferenceSession(str(path), options).run(
-        None, {"x" if x.is_floating_point() else "x": x.numpy()}
-    )
+    return ort.InferenceSession(str(path), options).run(None, {"x": x.numpy()})
 
 
 @pytest.mark.parametrize("target", ["standard", "ort"])
@@ -39,7 +39,8 @@ def test_every_cell(kind, target, tmp_path):
         for level in (ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ort.GraphOptimizationLevel.ORT_DISABLE_ALL):
             for cell, want, got in zip(cells, expected, run(path, inputs, level), strict=True):
                 difference = np.abs(want.numpy() - got) > TOLERANCE * want.abs().max().item()
-                # A code on a rounding tie may go the other way: then a few outputs differ, never most of them.
+                # A code on a rounding tie may go the other way: then a few outputs differ, never most of
+                # them.
                 allowed = 0.0 if cell.activation is None else 0.34
                 assert difference.mean() <= allowed, (kind, target, cell)
 

@@ -1,0 +1,124 @@
+"""Activation quantizers as ONNX nodes against `qgraph.ops.fake_quantize`, and the explanation of rounding
+ties.
+"""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from qgraph.config import QuantSpec
+from qgraph.exporters.lowering.activation import lower_activation, reference
+from qgraph.exporters.lowering.builder import GraphBuilder
+from qgraph.exporters.probe import relative_difference
+from qgraph.exporters.ties import explain
+from qgraph.modules import ActivationForm
+from qgraph.ops import Groups, fake_quantize
+
+SPECS = [
+    *(QuantSpec(bits, granularity="token") for bits in range(1, 9)),
+    *(QuantSpec(bits, "linear", "token") for bits in (1, 1.58, 2, 4, 8)),
+    *(
+        QuantSpec(bits, scheme, "token", method="ste")
+        for bits in (1, 4, 8)
+        for scheme in ("affine", "linear")
+    ),
+    *(QuantSpec(bits, "linear", "token", method="ste", scale="absmean") for bits in (1, 1.58, 4)),
+    *(QuantSpec(bits, scheme, "tensor", method="lsq") for bits in (1, 4) for scheme in ("affine", "linear")),
+    QuantSpec(2, granularity="token", lam=0.0),
+]
+LAYOUTS = {
+    "token": (Groups("token"), (3, 4, 10), None),
+    "ragged": (Groups("token", 0, 4), (3, 4, 10), None),
+    "whole blocks": (Groups("token", 0, 5), (3, 4, 10), None),
+    "one long block": (Groups("token", 0, 64), (3, 4, 10), None),
+    "dynamic length": (Groups("token", 0, 4), (3, 4, 10), (None, None, None)),
+    "sample": (Groups("channel", 0), (3, 4, 5, 5), ("batch", 4, 5, 5)),
+    "sample blocks": (Groups("channel", 0, 32), (3, 4, 5, 5), ("batch", 4, 5, 5)),
+    "dynamic sample": (Groups("channel", 0, 32), (3, 4, 5, 5), ("batch", 4, None, None)),
+    "channel in the middle": (Groups("channel", 1, 8), (3, 4, 5, 5), None),
+    "tensor": (Groups("tensor"), (3, 4, 10), None),
+}
+
+
+def run(form, x, shape=None):
+    b = GraphBuilder(opset=18)
+    value = b.input("x", np.float32, shape or x.shape)
+    b.output(lower_activation(b, value, form, "site"), "y")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(b.model().SerializeToString(), options)
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def form_of(spec, groups):
+    return ActivationForm(spec, groups, torch.tensor([[0.23]]) if spec.method == "lsq" else None)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_every_method_and_width(spec):
+    groups = Groups("tensor") if spec.method == "lsq" else Groups("token")
+    form = form_of(spec, groups)
+    x = torch.randn(40, 33, generator=torch.Generator().manual_seed(0)) * 3 + 0.2
+    y, want = run(form, x), fake_quantize(x, spec, groups, step=form.step)
+    found = explain(x, y, x, form)
+    assert found.unexplained < 2e-6  # float32 sums over 33 values
+    assert found.flips or relative_difference(want, y) < 2e-6
+    rows = x.reshape(1, -1) if spec.method == "lsq" else x
+    step = None if form.step is None else 0.23
+    by_hand = np.stack([reference(row.numpy(), spec, step) for row in rows]).reshape(x.shape)
+    off = np.abs(by_hand - y.numpy()) > 1e-5 * np.abs(x).max().item()
+    assert off.mean() < 0.1  # a row where a code sits on a tie
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(4), QuantSpec(1.58), QuantSpec(8, "linear", method="ste")], ids=str
+)
+def test_every_layout(layout, spec):
+    groups, shape, declared = LAYOUTS[layout]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    y, want = run(ActivationForm(spec, groups), x, declared), fake_quantize(x, spec, groups)
+    found = explain(x, y, x, ActivationForm(spec, groups))
+    assert found.unexplained < 2e-6
+    assert found.flips or relative_difference(want, y) < 2e-6
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(1), QuantSpec(4), QuantSpec(8, "linear", method="ste")], ids=str)
+def test_constant_groups_and_zeros(spec):
+    x = torch.stack([torch.zeros(8), torch.full((8,), -2.5), torch.arange(8.0)])
+    y = run(ActivationForm(spec, Groups("token")), x)
+    assert torch.isfinite(y).all()
+    torch.testing.assert_close(y, fake_quantize(x, spec, Groups("token")), rtol=1e-6, atol=1e-6)
+
+
+def test_nan_is_not_hidden():
+    x = torch.randn(3, 8)
+    x[1, 2] = float("nan")
+    y = run(ActivationForm(QuantSpec(4), Groups("token")), x)
+    assert y[1].isnan().any() and torch.isfinite(y[[0, 2]]).all()
+
+
+def test_a_flip_on_a_tie_is_explained_and_one_off_a_tie_is_not():
+    spec, groups = QuantSpec(2, "affine", "token", method="ste"), Groups("token")
+    form = ActivationForm(spec, groups)
+    x = torch.tensor([[0.0, 3.0, 0.5, 1.2]])  # 0.5 is on the tie between 0 and 1
+    want = fake_quantize(x, spec, groups)
+    on_tie, off_tie = want.clone(), want.clone()
+    on_tie[0, 2] = 1.0
+    off_tie[0, 3] = 2.0
+    assert explain(x, on_tie, x, form).unexplained < 1e-6 and explain(x, on_tie, x, form).flips == 1
+    assert explain(x, want, x, form).flips == 0
+    assert explain(x, off_tie, x, form).unexplained > 0.1
+
+
+def test_a_ddt_flip_moves_its_whole_group_and_is_still_explained():
+    spec, groups = QuantSpec(2, "affine", "token"), Groups("token")
+    form = ActivationForm(spec, groups)
+    x = torch.tensor([[0.0, 3.0, 0.5 + 1e-6, 1.2]])
+    other = torch.tensor([[0.0, 3.0, 0.5 - 1e-6, 1.2]])
+    y = fake_quantize(other, spec, groups)
+    assert relative_difference(fake_quantize(x, spec, groups), y) > 0.05
+    found = explain(x, y, x, form)
+    assert found.unexplained < 1e-5 and found.flips == 1
+    assert explain(x, y * 1.01, x, form).unexplained > 1e-3
