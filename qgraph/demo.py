@@ -1,7 +1,7 @@
-"""`qgraph demo`: two small models on scikit-learn's digits, trained at six configs, exported, run in onnxruntime.
+"""`qgraph demo`: two small models on scikit-learn's digits, trained at six configs, exported and run.
 
-One recipe for everything, no tuning per config. What is printed is one `Row` a model and config; `to_dict` is its
-machine-readable twin. The data ships with scikit-learn, so nothing is downloaded.
+One recipe for everything, no tuning per config. What is printed is one `Row` a model and config;
+`Result.to_dict` is its machine-readable twin. The data ships with scikit-learn: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ class Recipe:
 class Row:
     """One model at one config.
 
-    `max_difference` is relative to the largest output of torch over the test set; `flipped` of `outputs` values are
-    further apart than rounding. `latency_ms` is a median for one image; `speedup` is that of FP32 over it.
+    `max_difference` is relative to the largest output of torch over the test set; `flipped` of `outputs`
+    values are further apart than rounding. `latency_ms` is a median for one image; `speedup` is that of FP32
+    over it.
     """
 
     model: str
@@ -255,7 +256,8 @@ def _train_and_export(
     advance(0.2, f"{name} {config}: exported")
     with torch.no_grad():
         expected = model(data.test_x).numpy()
-    (found,) = _session(path).run(None, {_session(path).get_inputs()[0].name: data.test_x.numpy()})
+    session = _session(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: data.test_x.numpy()})
     largest = float(np.abs(expected).max())
     difference = np.abs(found - expected) / largest
     labels = data.test_y.numpy()
@@ -334,7 +336,7 @@ def _session(path: str | Path) -> Any:
 
 
 def _latencies(files: Sequence[str], image: Tensor, runs: int) -> list[float]:
-    """Median milliseconds for one image, one thread; the files take turns, so that a busy machine is fair to all."""
+    """Median milliseconds for one image on one thread; the files take turns, so that noise hits all alike."""
     sessions = [_session(file) for file in files]
     feeds = [{session.get_inputs()[0].name: image.numpy()} for session in sessions]
     times: list[list[float]] = [[] for _ in sessions]
