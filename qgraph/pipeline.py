@@ -1,7 +1,7 @@
 """Passes and the pipeline that runs them over every captured graph of a model.
 
-A pass rewrites one `torch.fx.Graph`. The pipeline checks its conditions before and after, lints the graph, and says
-in an error which pass failed, after which others, and where.
+A pass rewrites one `torch.fx.Graph`. The pipeline checks its conditions before and after, lints the graph,
+and says in an error which pass failed, after which others, and where.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
+from qgraph.capture.serialize import dump_graph, load_graph
 from qgraph.errors import PassError, QGraphError
 from qgraph.graph import STATE, is_prepared, states
 from qgraph.placement import Owner
@@ -39,7 +40,7 @@ class PassResult:
 
 @dataclass(frozen=True, slots=True)
 class PassContext:
-    """What a pass may know of the graph's surroundings: the module that owns it, its path and the model's config."""
+    """What a pass may know of a graph's surroundings: the module that owns it, its path, the config."""
 
     owner: Owner
     training: bool
@@ -106,15 +107,26 @@ class Pipeline:
         Raises
         ------
         PassError
-            If the model is not prepared, or a pass fails.
+            If the model is not prepared, or a pass fails; the graphs are then as they were.
         """
         if not is_prepared(prepared):
             raise PassError(f"{type(prepared).__name__} is not prepared: call qgraph.prepare on it first.")
         shared = prepared.__dict__[STATE].shared
+        variants = [
+            (state.owner(module), variant)
+            for _, module, state in states(prepared)
+            for variant in state.variants
+        ]
+        before = [dump_graph(variant.graph) for _, variant in variants]
         modified = False
-        for _, module, state in states(prepared):
-            for variant in state.variants:
-                modified |= self.rewrite(state.owner(module), variant)
+        try:
+            for owner, variant in variants:
+                modified |= self.rewrite(owner, variant)
+        except Exception:
+            for (_, variant), records in zip(variants, before, strict=True):
+                variant.graph = load_graph(records)
+                variant.compile()
+            raise
         new = tuple(p for p in self.passes if p not in shared.pipeline.passes)
         shared.pipeline = Pipeline(shared.pipeline.passes + new, shared.pipeline.callback)
         return modified
@@ -136,25 +148,22 @@ class Pipeline:
     def _run_one(self, rewriting: Pass, index: int, graph: fx.Graph, context: PassContext) -> PassResult:
         inputs = [node.target for node in graph.nodes if node.op == "placeholder"]
         try:
-            self._hold(rewriting, "requires", rewriting.requires(graph, context), index, context)
+            self._hold("requires", rewriting.requires(graph, context))
             result = rewriting.run(graph, context)
             graph.lint()
             if [node.target for node in graph.nodes if node.op == "placeholder"] != inputs:
-                raise PassError("the pass changed the arguments of the forward.")
-            self._hold(rewriting, "ensures", rewriting.ensures(graph, context), index, context)
+                raise PassError("the pass changed the arguments of the forward")
+            self._hold("ensures", rewriting.ensures(graph, context))
             return result
-        except PassError:
-            raise
         except QGraphError as error:
-            raise type(error)(f"{error} ({self._at(rewriting, index, context)})") from error
+            raise type(error)(f"{self._at(rewriting, index, context)}: {error}") from error
         except Exception as error:
             raise PassError(f"{self._at(rewriting, index, context)}: {error}") from error
 
-    def _hold(
-        self, rewriting: Pass, what: str, problem: str | None, index: int, context: PassContext
-    ) -> None:
+    @staticmethod
+    def _hold(what: str, problem: str | None) -> None:
         if problem is not None:
-            raise PassError(f"{self._at(rewriting, index, context)}: {what}: {problem}.")
+            raise PassError(f"{what}: {problem}.")
 
     def _at(self, rewriting: Pass, index: int, context: PassContext) -> str:
         before = ", ".join(p.name for p in self.passes[:index]) or "none"
@@ -162,12 +171,32 @@ class Pipeline:
 
     @staticmethod
     def parse(text: str, known: Iterable[type[Pass]]) -> Pipeline:
-        """The pipeline that prints as `text`: ``name{option=value,...},name,...``."""
+        """The pipeline that prints as `text`: ``name{option=value,...},name,...``; values are text.
+
+        Raises
+        ------
+        PassError
+            For what is no such text, a pass that is not among `known`, or an option that it does not take.
+        """
+        if not re.fullmatch(rf"\s*(?:{_ITEM}\s*(?:,\s*{_ITEM}\s*)*)?", text):
+            raise PassError(
+                f"pipeline {text!r}: expected name{{option=value,...}},name,...; "
+                f"for example quantize-weights,share-quantizers."
+            )
         by_name = {kind.name: kind for kind in known}
         passes = []
-        for name, options in re.findall(r"([\w-]+)(?:\{([^}]*)\})?", text):
+        for name, options in re.findall(_ITEM, text):
             if name not in by_name:
                 raise PassError(f"no pass is called {name!r}; there are {', '.join(sorted(by_name))}.")
-            pairs = [item.split("=", 1) for item in options.split(",") if item]
-            passes.append(by_name[name](**{key.strip(): value.strip() for key, value in pairs}))
+            pairs = dict(item.split("=", 1) for item in options.split(",") if item)
+            taken = [f.name for f in fields(by_name[name])]  # type: ignore[arg-type]
+            unknown = [key for key in pairs if key not in taken]
+            if unknown:
+                raise PassError(
+                    f"pass {name} has no option {unknown[0]!r}; it takes {', '.join(taken) or 'none'}."
+                )
+            passes.append(by_name[name](**pairs))
         return Pipeline(tuple(passes))
+
+
+_ITEM = r"([\w-]+)(?:\{((?:\w+=[^,{}]*(?:,\w+=[^,{}]*)*)?)\})?"

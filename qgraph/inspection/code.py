@@ -13,7 +13,8 @@ from qgraph.graph import states
 _RELEASE = re.compile(r";\s+(?:\w+ = )+None\s*$")
 _ASSIGNED = re.compile(r"^\s*(\w+)(?:\s*:[^=]+)? = ")
 _NUMBERED = re.compile(r'getattr\((self[\w.\[\]]*), "(\d+)"\)')
-_INDEX = re.compile(r"\[\((.*)\)\]$")
+_SETITEM = re.compile(r"^(\s*(\w+)\[.*\] = .*);\s+\w+ = \2$")
+_INDEX = re.compile(r"\[\((.*?)\)\](?=$| = )")
 _CHECK = re.compile(r"^(\s*)\w+ = qgraph_capture_(?:guards|recorder)_(check(?:_structure)?)\((.*)\)$")
 _SLICE = re.compile(r"slice\(([^(),]+), ([^(),]+), ([^(),]+)\)")
 _WORD = re.compile(r"(?<![\w.'\"])\w+")
@@ -82,7 +83,7 @@ def _with_names(text: str, names: dict[str, str]) -> str:
 
 def tidy(line: str) -> str:
     """One line of torch.fx's code without what only the interpreter needs."""
-    line = _RELEASE.sub("", line).rstrip()
+    line = _SETITEM.sub(r"\1", _RELEASE.sub("", line).rstrip())
     check = _CHECK.match(line)
     if check:
         value = check.group(3).rpartition(", '")[0] or check.group(3)
@@ -98,7 +99,7 @@ def tidy(line: str) -> str:
     line = _COMPARED.sub(lambda m: f" = {m[1]} {_OPERATORS[m[2]]} {m[3]}", line)
     if "slice(" in line:
         line = _INDEX.sub(lambda m: f"[{_SLICE.sub(_slice, m.group(1)).rstrip(',')}]", line)
-        line = re.sub(r"\[slice\(([^()]*)\)\]$", lambda m: f"[{_slice(m)}]", line)
+        line = re.sub(r"\[slice\(([^()]*)\)\](?=$| = )", lambda m: f"[{_slice(m)}]", line)
     return line
 
 
