@@ -6,7 +6,6 @@ made inside the forward; it stands in the graph as a `check` node and raises `Gu
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,5 +24,6 @@ class Guard:
 
 def check(value: Any, expected: Any, where: str) -> None:
     """Raise `GuardMiss` unless `value` is what it was when the graph was recorded."""
-    if not operator.eq(value, expected):
+    holds = bool(value) is expected if isinstance(expected, bool) else value == expected
+    if not holds:
         raise GuardMiss(f"{where}: expected {expected!r}, found {value!r}")

@@ -280,19 +280,24 @@ class Recorder(TorchFunctionMode):
         where = locate()[0]
         text = expression.source()
         if text is not None and _printable(value):
-            source = f"{text} == {value!r}" if not isinstance(value, bool) else f"{text} is {value}"
+            source = f"{text} == {value!r}"
+            if isinstance(value, bool):  # in torch.export the condition is a SymBool, which `is True` never holds for
+                source = text if value else f"not {text}"
             self.guards.setdefault(source, Guard(source, where))
             return
-        node = self.graph.call_function(check, (expression.emit(self.graph), value, where))
-        node.meta["where"] = where
+        self._check(check, (expression.emit(self.graph), value, where))
+
+    def _check(self, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+        """A guard inside the graph; the last argument is its place in the user's code."""
+        node = self.graph.call_function(function, args)
+        node.meta["where"] = args[-1]
         self.late_guards += 1
 
     def _guard_length(self, node: fx.Node, name: str, result: Any) -> None:
         """Python unpacks a list of tensors, so its length is taken for granted."""
         if name in calls.SIZED_LISTS:
             length = self.graph.call_function(len, (node,))
-            self.graph.call_function(check, (length, len(result), node.meta["where"]))
-            self.late_guards += 1
+            self._check(check, (length, len(result), node.meta["where"]))
 
     # -- modes, module state, children -------------------------------------------------------------------------------
 
@@ -342,7 +347,7 @@ class Recorder(TorchFunctionMode):
             node.meta["where"] = where
             node.meta["holds_parameters"] = next(module.parameters(), None) is not None
             if not isinstance(result, Tensor):
-                self.graph.call_function(check_structure, (node, signature(result), where))
+                self._check(check_structure, (node, signature(result), where))
             return self.values.result(node, result, args, kwargs, versions, False)
         except Unsupported as error:
             self.fail(str(error))
