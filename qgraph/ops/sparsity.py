@@ -58,7 +58,8 @@ def sparsity_mask(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
 class _Sparsify(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
-        return torch.where(sparsity_mask(w, sparsity, groups), w, 0)
+        # A product is several times faster than torch.where, and shows an Inf that is pruned as NaN.
+        return w * sparsity_mask(w, sparsity, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from qgraph.config import QuantSpec, SparsitySpec
 from qgraph.errors import ConfigError
-from qgraph.ops import Groups, fake_quantize, initial_step, quantize, sparsify
+from qgraph.ops import Groups, fake_quantize, initial_step, quantize, sparsify, sparsity_mask
 
 SPECS = {
     "ddt-8": QuantSpec(8),
@@ -190,6 +190,7 @@ def test_pruning_does_not_hide_nan(pattern, bad):
     torch.manual_seed(0)
     w = torch.randn(4, 12)
     w[2, 3] = bad
+    assert sparsity_mask(w, SparsitySpec.parse(pattern), Groups("channel"))[2, 3]
     assert not sparsify(w, SparsitySpec.parse(pattern), Groups("channel"))[2, 3].isfinite()
     for spec in (QuantSpec(1, "linear"), QuantSpec(1.58), QuantSpec(4, "linear")):
         w_s = sparsify(w, SparsitySpec.parse(pattern), Groups("channel"))
