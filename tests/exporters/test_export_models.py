@@ -1,0 +1,257 @@
+"""Whole models: inputs and outputs of any structure, dynamic sizes, tied weights, names, metadata, the report."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+
+import qgraph
+from qgraph.errors import ExportError, InspectError
+from qgraph.exporters.onnx import export
+from qgraph.exporters.report import read_report
+from tests.models import CASES, GPT, CNN
+
+TOLERANCE = 1e-5
+
+
+def run(path, **feeds):
+    return ort.InferenceSession(str(path)).run(
+        None, {name: np.asarray(value) for name, value in feeds.items()}
+    )
+
+
+def differ(want, got):
+    return float((want.detach() - torch.from_numpy(got)).abs().max() / want.detach().abs().max())
+
+
+# Each model of the project's zoo: which input names, and which of their sizes must come out dynamic.
+DYNAMIC = {
+    "cnn": {"x": [0]},
+    "resnet": {"x": [0]},
+    "unet": {"x": [0]},
+    "recurrent": {"ids": [0, 1]},
+    "gpt": {"ids": [0, 1]},
+    "encoder": {"x": [0, 1]},
+    "cross_attention": {"x": [0, 1], "memory": [0]},
+    "functional": {"x": [0]},
+    "structured": {"batch_ids": [0, 1]},
+    "twice": {"x": [0]},
+    "parametrized": {"input": [0]},
+    "self_named": {},  # it branches on its batch size
+    "custom_function": {"x": [0]},
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_the_zoo(name, tmp_path):
+    torch.manual_seed(0)
+    case = CASES[name]
+    example = case.inputs(0)
+    net = qgraph.prepare(case.make(), "W4", example).eval()
+    report = export(net, tmp_path / "m.onnx", example)
+    assert report.max_difference is not None and report.max_difference < TOLERANCE
+    assert len(report.verified) == (4 if DYNAMIC[name] else 2)
+    inputs = {value.name: value for value in onnx.load(tmp_path / "m.onnx").graph.input}
+    for label, dims in DYNAMIC[name].items():
+        found = [i for i, dim in enumerate(inputs[label].type.tensor_type.shape.dim) if dim.dim_param]
+        assert found == dims, label
+
+
+@dataclasses.dataclass
+class Pair:
+    left: torch.Tensor
+    right: torch.Tensor | None = None
+    label: str = "pair"
+
+
+class Structures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, pair, options, *, scale=None, flag=True):
+        y = self.fc(pair.left) + options["shift"][0]
+        if scale is not None and flag:
+            y = y * scale
+        return {"y": y, "pairs": [Pair(y + 1), (y * 2, "text", 3)], "nothing": None, "size": y.shape[0]}
+
+
+def test_structures_become_named_tensors(tmp_path):
+    torch.manual_seed(0)
+    pair, options = Pair(torch.randn(3, 8)), {"shift": [torch.randn(8)], "other": 1}
+    net = qgraph.prepare(
+        Structures(), "W4", (pair, options), example_kwargs={"scale": torch.tensor(2.0)}
+    ).eval()
+    kwargs = {"scale": torch.tensor(2.0), "flag": True}
+    report = export(net, tmp_path / "m.onnx", (pair, options), example_kwargs=kwargs)
+    assert report.inputs == ("pair_left", "options_shift_0", "scale")
+    assert report.outputs == ("y", "pairs_0_left", "pairs_1_0")
+    dropped = " ".join(report.dropped)
+    assert all(
+        text in dropped for text in ("nothing (NoneType)", "size (int)", "pairs_0_label (str)", "pairs_1_1")
+    )
+    left = torch.randn(5, 8)
+    want = net(Pair(left), options, **kwargs)["y"]
+    got = run(tmp_path / "m.onnx", pair_left=left, options_shift_0=options["shift"][0], scale=np.float32(2.0))
+    assert differ(want, got[0]) < TOLERANCE
+    np.testing.assert_allclose(got[2], 2 * got[0], rtol=1e-6)
+
+
+class SameTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y, y, x
+
+
+def test_one_tensor_as_several_outputs(tmp_path):
+    net = qgraph.prepare(SameTwice(), "A4W4", (torch.randn(3, 8),)).eval()
+    x = torch.randn(4, 8)
+    report = export(net, tmp_path / "m.onnx", (x,))
+    assert len(set(report.outputs)) == 3
+    first, second, third = run(tmp_path / "m.onnx", x=x)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(third, x.numpy())
+
+
+class NoTensor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return {"size": self.fc(x).shape[0]}
+
+
+def test_a_model_without_tensor_outputs_is_refused(tmp_path):
+    x = torch.randn(3, 8)
+    with pytest.raises(ExportError, match="returns no tensor"):
+        export(qgraph.prepare(NoTensor(), "W4", (x,)), tmp_path / "m.onnx", (x,))
+
+
+def test_a_batch_of_one_is_dynamic_all_the_same(tmp_path):
+    net = qgraph.prepare(CNN(), "W4", (torch.randn(1, 3, 16, 16),)).eval()
+    report = export(net, tmp_path / "m.onnx", (torch.randn(1, 3, 16, 16),))
+    assert report.dynamic == ("x: 0=batch",)
+    x = torch.randn(6, 3, 16, 16)
+    assert differ(net(x), run(tmp_path / "m.onnx", x=x)[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"ids": {0: "rows", 1: "time"}},
+        ({0: torch.export.Dim("rows", min=1, max=64), 1: torch.export.Dim("time", min=2, max=32)},),
+        ({0: torch.export.Dim.DYNAMIC},),
+        {},
+    ],
+    ids=["names", "dims", "dynamic", "static"],
+)
+def test_dynamic_shapes_as_given(shapes, tmp_path):
+    ids = torch.randint(0, 33, (2, 7))
+    net = qgraph.prepare(GPT(), "W4", (ids,)).eval()
+    report = export(net, tmp_path / "m.onnx", (ids,), dynamic_shapes=shapes)
+    count = (
+        len(next(iter(shapes.values()))) if isinstance(shapes, dict) and shapes else len(shapes and shapes[0])
+    )
+    dims = onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert sum(bool(dim.dim_param) for dim in dims) == count
+    assert len(report.verified) == (4 if count else 2)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [({"idz": {0: "b"}}, "'idz'"), ({"ids": {5: "b"}}, "dimension 5"), ([None, None], "2 entries")],
+)
+def test_dynamic_shapes_that_do_not_fit(shapes, message, tmp_path):
+    ids = torch.randint(0, 33, (2, 7))
+    net = qgraph.prepare(GPT(), "W4", (ids,))
+    with pytest.raises(ExportError, match=message):
+        export(net, tmp_path / "m.onnx", (ids,), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize("target", ["standard", "ort"])
+def test_a_tied_weight_is_stored_once(target, tmp_path):
+    torch.manual_seed(0)
+    ids = torch.randint(0, 33, (2, 7))
+    net = qgraph.prepare(GPT(), "W2", (ids,)).eval()
+    export(net, tmp_path / "m.onnx", (ids,), target=target)
+    tensors = {tensor.name: tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    of_size = [name for name, tensor in tensors.items() if name.endswith(".packed") and tensor.dims[0] == 33]
+    assert len(of_size) == 1
+    tied = next(name for name, _ in net.named_parameters() if f"{name}.packed" == of_size[0])
+    assert tied not in tensors
+
+
+def test_names_and_metadata(tmp_path):
+    x = torch.randn(2, 3, 16, 16)
+    net = qgraph.prepare(CNN(), "A4W1", (x,)).eval()
+    report = export(net, tmp_path / "m.onnx", (x,))
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert proto.producer_name == "qgraph" and proto.producer_version
+    names = {tensor.name for tensor in proto.graph.initializer}
+    nodes = " ".join(node.name for node in proto.graph.node)
+    for layer in report.layers:
+        assert f"{layer.path}.{layer.operand}.packed" in names
+        assert layer.path in nodes
+    assert str(Path(__file__).parent) not in str(proto)  # no paths of this machine
+    data = {item.key: item.value for item in proto.metadata_props}
+    assert data["qgraph.config"] == "A4W1" and len(json.loads(data["qgraph.layers"])["layers"]) == len(
+        report.layers
+    )
+
+
+def test_the_report(tmp_path):
+    x = torch.randn(2, 3, 16, 16)
+    net = qgraph.prepare(CNN(), "A4W1", (x,)).eval()
+    report = export(net, tmp_path / "m.onnx", (x,))
+    text = str(report)
+    assert all(layer.path in text for layer in report.layers)
+    assert "bits per quantized weight" in text and "left float" in text and "run no faster" in text
+    assert json.loads(report.to_json())["layers"][0]["bits"] == 1
+    assert all(layer.max_difference is not None and layer.max_difference < 1e-5 for layer in report.layers)
+    kept = {item.name for item in report.leftovers}
+    assert any("bias" in name for name in kept)
+    assert report.ideal_bytes < report.file_bytes
+
+    again = read_report(tmp_path / "m.onnx")
+    assert [layer.spec for layer in again.layers] == [layer.spec for layer in report.layers]
+    assert [layer.activation for layer in again.layers] == [layer.activation for layer in report.layers]
+    assert (again.file_bytes, again.ideal_bytes) == (report.file_bytes, report.ideal_bytes)
+    (tmp_path / "other.onnx").write_bytes(b"not onnx at all")
+    with pytest.raises(InspectError, match="other.onnx"):
+        read_report(tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize("config", ["A4W1", "A8W4@32", "W1.58-2:4"])
+def test_the_standard_target_runs_in_another_runtime(config, tmp_path):
+    torch.manual_seed(0)
+    net = qgraph.prepare(nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 5)), config).eval()
+    x = torch.randn(6, 40)
+    export(net, tmp_path / "m.onnx", (x,), target="standard")
+    got = ReferenceEvaluator(str(tmp_path / "m.onnx")).run(None, {"input": x.numpy()})[0]
+    off = np.abs(got - net(x).detach().numpy()) > TOLERANCE * net(x).abs().max().item()
+    assert off.mean() < 0.2  # rounding ties
+
+
+def test_without_verification(tmp_path):
+    net = qgraph.prepare(nn.Linear(8, 8), "W4").eval()
+    report = export(net, tmp_path / "m.onnx", (torch.randn(2, 8),), verify=False)
+    assert report.max_difference is None and "not verified" in str(report)
+
+
+def test_silent_where_there_is_no_terminal(tmp_path, capfd):
+    net = qgraph.prepare(nn.Linear(8, 8), "W4").eval()
+    export(net, tmp_path / "m.onnx", (torch.randn(2, 8),))
+    out, err = capfd.readouterr()
+    assert out == "" and err == ""
