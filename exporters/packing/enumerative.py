@@ -56,10 +56,14 @@ def emit_bytes(b: GraphBuilder, number: ir.Value, n: int, m: int, name: str) -> 
     def pick(table: ir.Value, index: ir.Value) -> ir.Value:
         return b.op("Gather", [table, index], {"axis": 0}, name=name)
 
+    def byte_of(count: ir.Value, place: ir.Value) -> ir.Value:
+        byte = pick(ordered, b.op("Add", [pick(starts, count), place], name=name))
+        return b.reshape(byte, [-1, 1], name=name)
+
     kept = b.constant(np.array([n], np.int32), "count")
     data, left = [], m
-    for _ in range(-(-m // BYTE)):
-        left = max(0, left - BYTE)
+    while left > BYTE:
+        left -= BYTE
         limits = pick(b.constant(_thresholds(n, left), "lut"), kept)
         reached = b.op("GreaterOrEqual", [b.reshape(number, [-1, 1], name=name), limits], name=name)
         reached = b.cast(reached, ir.DataType.INT32, name=name)
@@ -70,9 +74,9 @@ def emit_bytes(b: GraphBuilder, number: ir.Value, n: int, m: int, name: str) -> 
         number = b.op("Sub", [number, base], name=name)
         digit = b.op("Div", [number, radix], name=name)
         number = b.op("Sub", [number, b.op("Mul", [digit, radix], name=name)], name=name)
-        byte = pick(ordered, b.op("Add", [pick(starts, count), digit], name=name))
-        data.append(b.reshape(byte, [-1, 1], name=name))
+        data.append(byte_of(count, digit))
         kept = b.op("Sub", [kept, count], name=name)
+    data.append(byte_of(kept, number))  # the last piece keeps what is left to keep
     return data[0] if len(data) == 1 else b.op("Concat", data, {"axis": 1}, name=name)
 
 

@@ -53,7 +53,7 @@ class NMMask:
     def table_bytes(self) -> int:
         """What the file needs beyond small tables: a large one, or the many nodes that decode by counting."""
         if self._counted:
-            return 20 * ceil(self.m / 8) * NODE_BYTES
+            return 22 * (ceil(self.m / 8) - 1) * NODE_BYTES
         return comb(self.m, self.n) * ceil(self.m / 8) if self._compact else 0
 
     @staticmethod
