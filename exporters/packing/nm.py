@@ -79,7 +79,7 @@ class NMMask:
         kept = np.take_along_axis(groups, places, axis=1)
         kept[np.take_along_axis(padding, places, axis=1)] = FREE
         lead = rows.shape[0] if aligned else 1
-        mask = NMMask(n, m, _best_per_byte(len(places) // max(1, lead), patterns))
+        mask = NMMask(n, m, _best_per_byte(len(places) // max(1, lead), patterns, m))
         numbers = mask._number(places).reshape(lead, -1)
         return mask, mask._store(numbers), kept.reshape(lead, -1)
 
@@ -255,14 +255,16 @@ class NMMask:
         return b.reshape(total, [-1], name=name)
 
 
-def _best_per_byte(groups: int, patterns: int) -> int:
+def _best_per_byte(groups: int, patterns: int, m: int) -> int:
+    """Patterns in one byte, if that is no larger than a fixed width (smaller, if its table is large); else 0."""
     per_byte = 0
     while patterns ** (per_byte + 1) <= 256 and per_byte < 8:
         per_byte += 1
     if not per_byte:
         return 0
     fixed = Bits((patterns - 1).bit_length()).size(groups)
-    return per_byte if ceil(groups / per_byte) <= fixed else 0
+    large = patterns**per_byte * per_byte * m > SMALL_TABLE
+    return per_byte if ceil(groups / per_byte) + large <= fixed else 0
 
 
 def _digits(numbers: np.ndarray, base: int, count: int) -> np.ndarray:

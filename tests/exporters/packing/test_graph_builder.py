@@ -51,7 +51,7 @@ def test_a_name_holds_one_tensor():
     b = GraphBuilder()
     first = b.initializer("w", np.arange(3))
     assert b.initializer("w", np.arange(3)) is first
-    with pytest.raises(ValueError, match="'w'.*another tensor"):
+    with pytest.raises(ValueError, match=r"'w'.*another tensor"):
         b.initializer("w", np.arange(4))
 
 
