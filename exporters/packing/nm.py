@@ -256,7 +256,7 @@ class NMMask:
 
 
 def _best_per_byte(groups: int, patterns: int, m: int) -> int:
-    """Patterns in one byte, if that is no larger than a fixed width (smaller, if its table is large); else 0."""
+    """Patterns in one byte, if no larger than a fixed width (smaller, if the table is large); else 0."""
     per_byte = 0
     while patterns ** (per_byte + 1) <= 256 and per_byte < 8:
         per_byte += 1
