@@ -151,7 +151,7 @@ def _reasons(model: nn.Module) -> dict[str, str]:
     }
     for record in _sites(model):
         if getattr(record, "reason", None):
-            reasons[f"{record.path}.{record.name}" if record.path else record.name] = record.reason
+            reasons[record.name] = reasons[f"{record.path}.{record.name}"] = record.reason
     return reasons
 
 

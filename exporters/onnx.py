@@ -25,7 +25,7 @@ from qgraph.exporters.lowering.graph import Lowered, lower
 from qgraph.exporters.naming import merge_reshapes, module_outputs, rename, shorten, thin_names
 from qgraph.exporters.report import ExportReport, metadata
 from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
-from qgraph.exporters.signature import FlatModel, flat_model, flatten_inputs, run_eagerly
+from qgraph.exporters.signature import FlatInputs, FlatModel, flat_model, flatten_inputs, run_eagerly
 from qgraph.exporters.trace import DEFAULT_OPSET, MINIMUM_OPSET, explain, is_data_dependent, trace
 from qgraph.exporters.verify import Example, Verified, Verifier, WrongFile, check
 from qgraph.exporters.write import move_into_place, save, workspace
@@ -33,6 +33,7 @@ from qgraph.modules import Collected, Quantizer, Sparsifier, collecting
 from qgraph.version import __version__
 
 TARGETS = ("standard", "ort")
+KEPT = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 Say = Callable[[str], None]
 
 
@@ -169,8 +170,11 @@ def _prepare_job(
             )
     model = _working_copy(prepared)
     inputs = flatten_inputs(model, example_inputs, example_kwargs)
-    if any(tensor.device.type != "cpu" for tensor in inputs.tensors):
-        inputs.tensors = tuple(tensor.cpu() for tensor in inputs.tensors)
+    notes = []
+    if _as_float32(inputs) or any(
+        t.is_floating_point() and t.dtype != torch.float32 for t in (*prepared.parameters(), *prepared.buffers())
+    ):
+        notes.append("computed in float32, and compared with the model in float32: it holds other float types")
     flat = flat_model(model, inputs)
     flat.eval()
     say("running the model")
@@ -191,15 +195,26 @@ def _prepare_job(
             f"{', '.join(flat.dropped) or 'nothing'}); a file needs "
             "at least one; return one"
         )
-    return _Job(model, flat, reference, collected, prepared, opset, target, say, [])
+    return _Job(model, flat, reference, collected, prepared, opset, target, say, notes)
 
 
 def _working_copy(prepared: nn.Module) -> nn.Module:
-    """A copy with modules and buffers of its own and the same parameters, which nobody writes to in eval."""
-    on_cpu = all(tensor.device.type == "cpu" for tensor in (*prepared.parameters(), *prepared.buffers()))
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in prepared.parameters()} if on_cpu else {}
+    """A copy with modules and buffers of its own and, where they can stay, the same parameters: nobody writes to them in eval."""
+    tensors = [*prepared.parameters(), *prepared.buffers()]
+    as_is = all(t.device.type == "cpu" and t.dtype in (*KEPT, torch.float32) for t in tensors)
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in prepared.parameters()} if as_is else {}
     model = copy.deepcopy(prepared, memo)
-    return model.eval() if on_cpu else model.cpu().eval()
+    return model.eval() if as_is else model.cpu().float().eval()
+
+
+def _as_float32(inputs: FlatInputs) -> list[str]:
+    """Bring inputs to the CPU and to float32, in place; say which were converted."""
+    narrow = [t.is_floating_point() and t.dtype != torch.float32 for t in inputs.tensors]
+    inputs.tensors = tuple(
+        tensor.float() if convert else tensor.cpu() for tensor, convert in zip(inputs.tensors, narrow, strict=True)
+    )
+    inputs.tensors = tuple(tensor.cpu() for tensor in inputs.tensors)
+    return [name for name, convert in zip(inputs.names, narrow, strict=True) if convert]
 
 
 def _plans(job: _Job, dynamic_shapes: Any) -> Iterator[ShapePlan]:

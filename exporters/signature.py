@@ -198,7 +198,7 @@ def _fill(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def _instance(cls: type, fields: dict[str, Any]) -> Any:
-    made = object.__new__(cls)  # fields with init=False and __post_init__ need no second run
+    made: Any = object.__new__(cls)  # fields with init=False and __post_init__ need no second run
     for key, item in fields.items():
         object.__setattr__(made, key, item)
     return made

@@ -200,7 +200,7 @@ class Verifier:
             save(self.model, path)
             del self.model.graph.outputs[len(outputs) :]
             self._probe_saved = True
-        session = session_of(path, optimize)
+        session = self._session(path, optimize)
         return probe(self.flat, example.tensors, session, self.records, self.forms, self.layers)
 
 

@@ -20,7 +20,7 @@ from qgraph.exporters.lowering.grouping import GroupMath, on_groups
 from qgraph.modules import ActivationForm
 from qgraph.ops.ste import absmean_factor
 
-TINY = np.finfo(np.float32).tiny
+TINY = float(np.finfo(np.float32).tiny)
 
 
 def lower_activation(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: str) -> ir.Value:

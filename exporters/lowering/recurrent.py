@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 # torch's gate blocks in the order in which ONNX wants them: LSTM i f g o -> i o f c, GRU r z n -> z r h
 GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
-_FUNCTIONS = {
+_FUNCTIONS: dict[Any, str] = {
     torch._VF.lstm: "LSTM",
     torch._VF.gru: "GRU",
     torch._VF.rnn_tanh: "RNN_TANH",

@@ -1,4 +1,6 @@
-"""Whole models: inputs and outputs of any structure, dynamic sizes, tied weights, names, metadata, the report."""
+"""Whole models: inputs and outputs of any structure, dynamic sizes, tied weights, names, metadata, the
+report.
+"""
 
 import dataclasses
 import json
@@ -16,7 +18,7 @@ import qgraph
 from qgraph.errors import ExportError, InspectError
 from qgraph.exporters.onnx import export
 from qgraph.exporters.report import read_report
-from tests.models import CASES, GPT, CNN
+from tests.models import CASES, CNN, GPT
 
 TOLERANCE = 1e-5
 
@@ -229,7 +231,7 @@ def test_the_report(tmp_path):
     assert [layer.activation for layer in again.layers] == [layer.activation for layer in report.layers]
     assert (again.file_bytes, again.ideal_bytes) == (report.file_bytes, report.ideal_bytes)
     (tmp_path / "other.onnx").write_bytes(b"not onnx at all")
-    with pytest.raises(InspectError, match="other.onnx"):
+    with pytest.raises(InspectError, match=r"other\.onnx"):
         read_report(tmp_path / "other.onnx")
 
 
