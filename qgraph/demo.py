@@ -7,7 +7,6 @@ One recipe for everything, no tuning per config. What is printed is one `Row` a 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 
 import qgraph
 from qgraph.errors import QGraphError
+from qgraph.runtime import compare_outputs, session_for, time_files
 
 __all__ = ["CONFIGS", "DigitsCNN", "DigitsTransformer", "Recipe", "Result", "Row", "run"]
 
 FULL_PRECISION = "FP32"
 CONFIGS = (FULL_PRECISION, "W4", "W1.58", "A4W1", "A1W1", "A4W1-2:4")
-FLIP = 1e-5  # of the largest output: beyond it a value is not rounding but another code
 CLASSES = 10
 SIDE = 8  # a digit is 8 x 8 pixels
 PIXEL_MAX = 16.0
@@ -195,6 +194,9 @@ def run(
     """
     recipe = recipe or Recipe()
     started = time.perf_counter()
+    for config in configs:
+        if config != FULL_PRECISION:
+            qgraph.QConfig.parse(config)  # a typo is told before the first training, not after it
     folder.mkdir(parents=True, exist_ok=True)
     data = _digits(recipe.seed)
     configs = (FULL_PRECISION, *(config for config in configs if config != FULL_PRECISION))
@@ -207,9 +209,9 @@ def run(
             made.append(
                 _train_and_export(name, config, folder, recipe, data, lambda s, w: advance(w, s * share))
             )
-        latencies = _latencies([row["file"] for row in made], data.test_x[:1], recipe.latency_runs)
-        for row, latency in zip(made, latencies, strict=True):
-            result.rows.append(Row(**row, latency_ms=latency, speedup=latencies[0] / latency))
+        timings = time_files([row["file"] for row in made], recipe.latency_runs)
+        for row, timing in zip(made, timings, strict=True):
+            result.rows.append(Row(**row, latency_ms=timing.median_ms, speedup=timing.speedup))
     result.seconds = time.perf_counter() - started
     return result
 
@@ -256,10 +258,9 @@ def _train_and_export(
     advance(0.2, f"{name} {config}: exported")
     with torch.no_grad():
         expected = model(data.test_x).numpy()
-    session = _session(path)
+    session = session_for(path)
     (found,) = session.run(None, {session.get_inputs()[0].name: data.test_x.numpy()})
-    largest = float(np.abs(expected).max())
-    difference = np.abs(found - expected) / largest
+    same = compare_outputs(str(path), [found], [expected])
     labels = data.test_y.numpy()
     return {
         "model": name,
@@ -267,9 +268,9 @@ def _train_and_export(
         "parameters": parameters,
         "accuracy_torch": float((expected.argmax(1) == labels).mean()),
         "accuracy_onnxruntime": float((found.argmax(1) == labels).mean()),
-        "max_difference": float(difference.max()),
-        "flipped": int((difference > FLIP).sum()),
-        "outputs": int(expected.size),
+        "max_difference": same.max_difference,
+        "flipped": same.beyond,
+        "outputs": same.values,
         "bits_per_weight": bits,
         "file_bytes": path.stat().st_size,
         "train_seconds": trained - started,
@@ -324,29 +325,6 @@ def _export(model: nn.Module, config: str, path: Path, example: Tensor) -> float
             verbose=False,
         )
     return 32.0
-
-
-def _session(path: str | Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _latencies(files: Sequence[str], image: Tensor, runs: int) -> list[float]:
-    """Median milliseconds for one image on one thread; the files take turns, so that noise hits all alike."""
-    sessions = [_session(file) for file in files]
-    feeds = [{session.get_inputs()[0].name: image.numpy()} for session in sessions]
-    times: list[list[float]] = [[] for _ in sessions]
-    for turn in range(runs + 10):
-        for session, feed, taken in zip(sessions, feeds, times, strict=True):
-            started = time.perf_counter()
-            session.run(None, feed)
-            if turn >= 10:  # the first runs allocate
-                taken.append(time.perf_counter() - started)
-    return [1e3 * statistics.median(taken) for taken in times]
 
 
 def _versions() -> dict[str, str]:
