@@ -1,7 +1,10 @@
 # `make demo`, `make test` and `make lint` make .venv on first use; nothing else is needed but Python 3.11.
 #
-#   TORCH_BUILD   build of torch to take: cpu (default), cu126, cu128, ... ; empty for whatever PyPI serves
-#                 e.g.  make demo TORCH_BUILD=cu128
+#   TORCH_BUILD   build of torch to take: cpu (default), cu126, cu128, ... ; empty for the plain release, which on Linux
+#                 brings the CUDA packages
+#   TORCH_INDEX   package index that holds that build, where pip's own configuration names none (PyTorch's install page
+#                 shows it for each build)
+#                 e.g.  make demo TORCH_BUILD=cu128 TORCH_INDEX=...
 #   PYTHON        the interpreter that .venv is made with
 #   JOBS          pytest workers
 
@@ -15,7 +18,6 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 # macOS wheels carry no local version: there the plain release is the CPU build.
 TORCH_LOCAL := $(if $(and $(TORCH_BUILD),$(filter-out Darwin,$(shell uname -s))),+$(TORCH_BUILD))
 TORCH := torch==$(TORCH_VERSION)$(TORCH_LOCAL)
-TORCH_INDEX := https://download.pytorch.org/whl/$(TORCH_BUILD)
 
 .PHONY: demo test lint typecheck format clean
 
@@ -43,10 +45,10 @@ format: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-# torch first, in the build asked for: a configured index may hold it; if not, PyTorch's own does.
+# torch first, in the build asked for, so that no other package pulls a different one.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)" || $(BIN)/pip install --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/pip install --quiet $(addprefix --extra-index-url ,$(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/pip install --quiet "setuptools>=77.0.3" wheel
 	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[demo,test,lint]"
 	touch $@

@@ -68,7 +68,9 @@ def insert_module(
 
 
 def weight_meta(entry: Entry, spec: Any) -> dict[str, Any]:
-    kept = {key: entry.dense.meta[key] for key in ("shape", "dtype") if key in entry.dense.meta}
+    kept: dict[str, Any] = {
+        key: entry.dense.meta[key] for key in ("shape", "dtype") if key in entry.dense.meta
+    }
     return {
         **kept,
         "where": entry.site.node.meta.get("where", ""),

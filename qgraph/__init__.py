@@ -1,5 +1,8 @@
 """Low-bit and sparse quantization-aware training for any torch model."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qgraph.config import QConfig, QuantSpec, Rule, SparsitySpec
 from qgraph.errors import (
     CaptureError,
@@ -15,11 +18,16 @@ from qgraph.pipeline import Pass, PassContext, PassResult, Pipeline
 from qgraph.prepare import disabled, prepare, set_enabled
 from qgraph.version import __version__
 
+if TYPE_CHECKING:
+    from qgraph.exporters.onnx import export
+    from qgraph.exporters.report import ExportReport
+
 __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
     "ExportError",
+    "ExportReport",
     "InspectError",
     "Inspection",
     "Pass",
@@ -34,7 +42,17 @@ __all__ = [
     "SparsitySpec",
     "__version__",
     "disabled",
+    "export",
     "inspect",
     "prepare",
     "set_enabled",
 ]
+
+# The exporter brings onnx and onnxruntime: imported when first asked for.
+_LAZY = {"export": "qgraph.exporters.onnx", "ExportReport": "qgraph.exporters.report"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'qgraph' has no attribute {name!r}")

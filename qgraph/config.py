@@ -180,7 +180,7 @@ class QConfig:
         """The passes that this config stands for."""
         from qgraph.passes import default_pipeline  # passes stand on configs, not the other way round
 
-        return default_pipeline(self)
+        return default_pipeline()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and YAML; a rule by predicate has none and is a ConfigError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -86,8 +87,8 @@ def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
     numbers: set[fx.Node] = set()
     ordinals: dict[str, list[fx.Node]] = {}
 
-    def ordinal(key: str, node: fx.Node) -> int:
-        met = ordinals.setdefault(key, [])
+    def ordinal(operands: list[fx.Node], key: str, i: int) -> int:
+        met, node = ordinals.setdefault(key, []), operands[i]
         if node not in met:
             met.append(node)
         return met.index(node)
@@ -102,14 +103,12 @@ def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
             continue
         operands = [unquantized(operand.get(node.args, node.kwargs)) for operand in call.operands]
         found = [sources.get(o, CONSTANT) if isinstance(o, fx.Node) else CONSTANT for o in operands]
-        site = place(call, found, owner, lambda key, i, nodes=operands: ordinal(key, nodes[i]))
+        site = place(call, found, owner, functools.partial(ordinal, operands))
         if site is not None:
             yield GraphSite(node, site)
 
 
-def node_source(
-    node: fx.Node, sources: dict[fx.Node, Source], numbers: set[fx.Node], owner: Owner
-) -> Source:
+def node_source(node: fx.Node, sources: dict[fx.Node, Source], numbers: set[fx.Node], owner: Owner) -> Source:
     """What a node derives from, given the sources of the nodes before it, and which of them are numbers."""
     if node.op == "placeholder":
         if node.meta.get("parameter"):

@@ -62,13 +62,13 @@ class Owner:
             operand = replace(operand, axis=_other_axis(operand.axis))
         groups = groups_for_weight(config.weight, operand)
         sparsifier = quantizer = None
-        if config.sparsity is not None:
+        if (sparsity := config.sparsity) is not None:
             alone = config.weight is None
             found = self._get(
                 f"{placed.key}.sparsifier",
                 f"{placed.site}:sparsifier",
-                lambda: Sparsifier(config.sparsity, groups, placed.site, alone),
-                lambda m: m.sparsity == config.sparsity,
+                lambda: Sparsifier(sparsity, groups, placed.site, alone),
+                lambda m: m.sparsity == sparsity,
             )
             sparsifier = found
         if config.weight is not None:
@@ -134,7 +134,7 @@ def place(
         if role == "weight":
             weights.append(_placed_weight(operand, source, owner, i, ordinal))
     first = weights[0].key
-    inputs = []
+    inputs: list[Placed] = []
     for operand, source, role in zip(call.operands, sources, roles, strict=True):
         if role == "input":
             base = "input" if first == "weight" else f"{first}.input"

@@ -222,6 +222,8 @@ class _Part(Leaf):
     """An int found inside a value of the graph."""
 
     __slots__ = ("path", "values")
+    path: tuple[Step, ...]
+    values: Values
 
     def __init__(self, node: fx.Node, path: tuple[Step, ...], values: Values) -> None:
         Leaf.__init__(self, node, "")

@@ -137,9 +137,10 @@ def _run_checked(
 def run_python(
     module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call
 ) -> Any:
-    """Run the module's own Python, a graph break under torch.compile; torch.export refuses such a function."""
-    run = python_body if torch.compiler.is_exporting() else python_outside_graphs
-    return run(module, state, forward, args, kwargs, call)
+    """Run the module's own Python: a graph break under torch.compile, but not under torch.export, which allows none."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _outside_graphs(module, state, forward, args, kwargs, call)
+    return python_body(module, state, forward, args, kwargs, call)
 
 
 def python_body(
@@ -164,4 +165,5 @@ def python_body(
         return result
 
 
-python_outside_graphs = torch.compiler.disable(python_body, recursive=False)
+# The public torch.compiler.disable imports the compiler at once, seconds of work that most imports of us never need.
+_outside_graphs = torch._compile._disable_dynamo(python_body, recursive=False)

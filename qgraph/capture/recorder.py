@@ -281,7 +281,9 @@ class Recorder(TorchFunctionMode):
         text = expression.source()
         if text is not None and _printable(value):
             source = f"{text} == {value!r}"
-            if isinstance(value, bool):  # in torch.export the condition is a SymBool, which `is True` never holds for
+            if isinstance(
+                value, bool
+            ):  # in torch.export the condition is a SymBool, which `is True` never holds for
                 source = text if value else f"not {text}"
             self.guards.setdefault(source, Guard(source, where))
             return

@@ -135,7 +135,7 @@ class ModuleState:
         self.path = path
         self.variants: list[Variant] = []
         self.opaque: list[Opaque] = []
-        self.python_sites: dict[str, Any] = {}
+        self.python_sites: dict[tuple[str, ...], Any] = {}
         self.misses = 0
         self.inference = False
         self.positional = positional_names(forward)

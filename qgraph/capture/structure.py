@@ -47,7 +47,7 @@ def parts(value: Any) -> list[tuple[Step, Any]] | None:
     if isinstance(value, _LEAVES):
         return None
     if isinstance(value, tuple) and hasattr(type(value), "_fields"):
-        return [(Step(True, name), getattr(value, name)) for name in type(value)._fields]
+        return [(Step(True, name), getattr(value, name)) for name in type(value)._fields]  # type: ignore[attr-defined]
     if isinstance(value, (tuple, list)):
         return [(Step(False, i), item) for i, item in enumerate(value)]
     if dataclasses.is_dataclass(value):

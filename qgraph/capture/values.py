@@ -193,7 +193,7 @@ class _Traced:
 class TracedInt(_Traced, torch.SymInt):
     """An int of the example with its expression. A SymInt to torch's argument parser, an int to `isinstance`."""
 
-    __class__ = property(lambda self: int)  # type: ignore[assignment]
+    __class__ = property(lambda self: int)
 
     def __init__(self, value: int, expression: Expression, recorder: Recorder) -> None:
         self.value, self.expression, self.recorder = value, expression, recorder
@@ -232,7 +232,7 @@ class TracedInt(_Traced, torch.SymInt):
 class TracedFloat(_Traced, torch.SymFloat):
     """A float computed from sizes."""
 
-    __class__ = property(lambda self: float)  # type: ignore[assignment]
+    __class__ = property(lambda self: float)
 
     def __init__(self, value: float, expression: Expression, recorder: Recorder) -> None:
         self.value, self.expression, self.recorder = value, expression, recorder
