@@ -1,4 +1,4 @@
-"""N:M masks in every coding, rows that M does not divide, by rows and in one run, in numpy and onnxruntime."""
+"""N:M masks in every coding, rows M does not divide, by rows and in one run, in numpy and in onnxruntime."""
 
 from __future__ import annotations
 
