@@ -16,6 +16,7 @@ _NUMBERED = re.compile(r'getattr\((self[\w.\[\]]*), "(\d+)"\)')
 _SETITEM = re.compile(r"^(\s*(\w+)\[.*\] = .*);\s+\w+ = \2$")
 _INDEX = re.compile(r"\[\((.*?)\)\](?=$| = )")
 _CHECK = re.compile(r"^(\s*)\w+ = qgraph_capture_(?:guards|recorder)_(check(?:_structure)?)\((.*)\)$")
+_APPLY = re.compile(r"qgraph_capture_calls_(\w+)_apply\(")
 _SLICE = re.compile(r"slice\(([^(),]+), ([^(),]+), ([^(),]+)\)")
 _WORD = re.compile(r"(?<![\w.'\"])\w+")
 _KEYWORD = re.compile(r"(?<=[(, ])(\w+) = ")
@@ -89,6 +90,7 @@ def tidy(line: str) -> str:
         value = check.group(3).rpartition(", '")[0] or check.group(3)
         value = value.partition(", (")[0] if check.group(2) == "check_structure" else value
         return f"{check.group(1)}{check.group(2)}({value})"
+    line = _APPLY.sub(r"\1.apply(", line)
     for long, short in _NAMESPACES:
         line = line.replace(long, short)
     line = line.replace("device(type='cpu')", "'cpu'")
@@ -141,7 +143,7 @@ def _variant_text(variant: Any) -> str:
         place = short_where(guard.where)
         lines.append(f"# holds while {_with_names(guard.source, names)}" + (f"  ({place})" if place else ""))
     if variant.late_guards:
-        lines.append(f"# and while its {variant.late_guards} checks hold")
+        lines.append(f"# and while its checks hold: {variant.late_guards}")
     return "\n".join([*lines, graph_text(variant.graph)])
 
 

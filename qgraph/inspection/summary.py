@@ -108,7 +108,10 @@ class Inspection:
             "totals": self.totals.to_dict(),
             "first": self.first.site if self.first else None,
             "last": self.last.site if self.last else None,
-            "coverage": dataclasses.asdict(self.coverage),
+            "coverage": {
+                **dataclasses.asdict(self.coverage),
+                "opaque": [dataclasses.asdict(module) for module in self.coverage.opaque],
+            },
             "notes": [dataclasses.asdict(note) for note in self.notes],
             "remarks": list(self.remarks),
             "file_bytes": self.file_bytes,
