@@ -65,9 +65,7 @@ def required_step(step: Tensor | None) -> Tensor:
     return step
 
 
-def lsq_codes(
-    x: Tensor, step: Tensor, spec: QuantSpec, sparse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def lsq_codes(x: Tensor, step: Tensor, spec: QuantSpec, sparse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Codes (a fresh float tensor), positions x / s, step size and offset (affine only)."""
     wide = x.to(work_dtype(x.dtype))
     size = step.to(wide.dtype).abs()

@@ -95,9 +95,7 @@ def quantize(
     parts = [_codes_of_piece(*args, spec) for args in zip(pieces, dense_pieces, steps, strict=True)]
     codes = groups.join([part[0] for part in parts], x.shape)
     scale = torch.cat([part[1] for part in parts], dim=1).squeeze(-1).float()
-    zero = (
-        torch.cat([part[2] for part in parts], dim=1).squeeze(-1).float() if spec.scheme == "affine" else None
-    )
+    zero = torch.cat([part[2] for part in parts], dim=1).squeeze(-1).float() if spec.scheme == "affine" else None
     return Quantized(codes.nan_to_num(0, 0, 0).to(torch.int16), scale, zero, groups, spec, sparse)
 
 

@@ -24,9 +24,7 @@ def specs(draw, methods=("ddt", "ste", "lsq"), schemes=("affine", "linear")):
     method = draw(st.sampled_from(methods))
     bits = draw(st.sampled_from(BITS if "linear" in schemes else BITS[:1] + BITS[2:]))
     scheme = "linear" if bits == 1.58 else draw(st.sampled_from(schemes))
-    scale = (
-        draw(st.sampled_from(("minmax", "absmean"))) if (method, scheme) == ("ste", "linear") else "minmax"
-    )
+    scale = draw(st.sampled_from(("minmax", "absmean"))) if (method, scheme) == ("ste", "linear") else "minmax"
     return QuantSpec(bits, scheme, method=method, scale=scale, lam=draw(lams))
 
 
@@ -47,9 +45,7 @@ def sparsities(draw):
     ratio = draw(st.sampled_from((0.1, 0.5, 0.7, 0.95)))
     if kind == "unstructured":
         return SparsitySpec("unstructured", ratio=ratio)
-    return SparsitySpec(
-        "block", ratio=ratio, block_shape=draw(st.tuples(st.integers(1, 4), st.integers(1, 5)))
-    )
+    return SparsitySpec("block", ratio=ratio, block_shape=draw(st.tuples(st.integers(1, 4), st.integers(1, 5))))
 
 
 def values(seed: int, shape, dtype=torch.float64) -> torch.Tensor:

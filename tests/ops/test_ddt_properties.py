@@ -110,9 +110,7 @@ def test_noise_free_input_passes_unchanged(spec, seed, length):
 def test_error_falls_with_every_bit(scheme, seed, length):
     """8 bits approach y = x: the error stays within half a step and the ridge's share of the values."""
     x = torch.randn(3, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    worst = [
-        float((fake_quantize(x, QuantSpec(bits, scheme), CHANNELS) - x).abs().max()) for bits in (2, 4, 6, 8)
-    ]
+    worst = [float((fake_quantize(x, QuantSpec(bits, scheme), CHANNELS) - x).abs().max()) for bits in (2, 4, 6, 8)]
     assert worst == sorted(worst, reverse=True)
     step = float(spread(x).max() / 255) if scheme == "affine" else float(x.abs().max() / 127)
     assert worst[-1] < step

@@ -36,9 +36,7 @@ def test_pieces_hold_every_group_once(case, seed):
     numbers = torch.arange(count * per_row).reshape(count, per_row)
     length = groups.to_rows(x).shape[1]
     block = groups.block or max(length, 1)
-    expected = (
-        numbers[:, (torch.arange(length) // block)] if length else torch.zeros(count, 0, dtype=torch.long)
-    )
+    expected = numbers[:, (torch.arange(length) // block)] if length else torch.zeros(count, 0, dtype=torch.long)
     cut = groups.cut_scales(numbers, x.shape)
     spread = [n.expand_as(piece) for n, piece in zip(cut, pieces, strict=True)]
     assert torch.equal(groups.to_rows(groups.join(spread, x.shape)), expected)

@@ -28,9 +28,7 @@ def test_mask_in_every_dtype(pattern, dtype):
     assert torch.equal(sparsity_mask(w, sparsity, groups), sparsity_mask(w.double(), sparsity, groups))
 
 
-@given(
-    st.integers(1, 32).flatmap(lambda m: st.tuples(st.integers(1, m), st.just(m))), st.integers(1, 70), seeds
-)
+@given(st.integers(1, 32).flatmap(lambda m: st.tuples(st.integers(1, m), st.just(m))), st.integers(1, 70), seeds)
 def test_exactly_n_of_every_m(counts, length, seed):
     """Also where all magnitudes are equal, or zero; the ragged run at the end keeps n, or all it has."""
     n, m = counts
