@@ -81,9 +81,7 @@ class GraphBuilder:
             )
         array = _contiguous(array)
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         self._names.add(name)
         return value
@@ -188,9 +186,8 @@ class GraphBuilder:
         """The graph as an `onnx.ModelProto` (nodes must be in topological order)."""
         model = ir.Model(self.graph, ir_version=IR_VERSION, producer_name="qgraph")
         proto = ir.serde.serialize_model(model)
-        if any(
-            value.shape is None for value in self.graph.outputs
-        ):  # the checker wants a shape on every output
+        # The checker wants a type and a shape on every output.
+        if any(value.shape is None or value.type is None for value in self.graph.outputs):
             proto = onnx.shape_inference.infer_shapes(proto)
         return proto
 

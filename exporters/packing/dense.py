@@ -70,14 +70,10 @@ class Bits:
         """One look-up a plane, added up; 8-bit codes asked for as they are stored need no node at all."""
         if self.bits == 8 and target.dtype == np.uint8 and self.offset + target.add == 0:
             return data
-        tables = [
-            levels.astype(target.dtype) for levels in self._plane_levels(target.add)
-        ]  # wraps, as sums do
+        tables = [levels.astype(target.dtype) for levels in self._plane_levels(target.add)]  # wraps, as sums do
         return self._sum_planes(b, data, count, count, name, tables)
 
-    def emit_fields(
-        self, b: GraphBuilder, data: ir.Value, count: int, name: str, bits: int, shift: int
-    ) -> ir.Value:
+    def emit_fields(self, b: GraphBuilder, data: ir.Value, count: int, name: str, bits: int, shift: int) -> ir.Value:
         """(lead, size) -> (lead, count * bits / 8) bytes of fields of `bits` that hold `level + shift`.
 
         Bytes go to bytes through one table a plane and codes are never spread out: the cheapest form at load

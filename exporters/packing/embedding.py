@@ -27,9 +27,7 @@ def emit_gather_rows(b: GraphBuilder, p: PackedWeight, name: str, indices: ir.Va
     node = f"{name}.gather"
     rows, features = p.rows
     if len(p.shape) != 2 or p.shape != (rows, features):
-        raise ValueError(
-            f"{name}: found shape {p.shape}, groups {p.groups}; expected (rows, features), channel axis 0"
-        )
+        raise ValueError(f"{name}: found shape {p.shape}, groups {p.groups}; expected (rows, features), channel axis 0")
     flat = b.op("Reshape", [indices, b.ints([-1])], name=node)
     value = _levels(b, p, name, flat)
     if p.spec is not None:

@@ -18,9 +18,7 @@ from .streams import Target
 FLOAT = ir.DataType.FLOAT
 
 
-def emit_codes(
-    b: GraphBuilder, p: PackedWeight, name: str, dtype: ir.DataType = FLOAT, add: int = 0
-) -> ir.Value:
+def emit_codes(b: GraphBuilder, p: PackedWeight, name: str, dtype: ir.DataType = FLOAT, add: int = 0) -> ir.Value:
     """The integer levels plus `add`, in the weight's own shape.
 
     Parameters
@@ -41,9 +39,7 @@ def emit_codes(
     kind = np.dtype((narrow if dtype == FLOAT else dtype).numpy())
     info = np.iinfo(kind)
     if low < info.min or high > info.max:
-        raise ValueError(
-            f"{name}: found levels {low}..{high}; expected them within {kind} ({info.min}..{info.max})"
-        )
+        raise ValueError(f"{name}: found levels {low}..{high}; expected them within {kind} ({info.min}..{info.max})")
     levels = to_shape(b, p, emit_rows(b, p, name, Target(kind, add)), name)
     return b.cast(levels, FLOAT, name=f"{name}.unpack") if dtype == FLOAT else levels
 
@@ -106,9 +102,7 @@ def emit_rows(b: GraphBuilder, p: PackedWeight, name: str, target: Target) -> ir
     return p.mask.emit(b, mask, kept, target.scalar(), (rows, columns), node, p.aligned)
 
 
-def emit_kept(
-    b: GraphBuilder, p: PackedWeight, name: str, target: Target
-) -> tuple[ir.Value | None, ir.Value]:
+def emit_kept(b: GraphBuilder, p: PackedWeight, name: str, target: Target) -> tuple[ir.Value | None, ir.Value]:
     """The kept levels in the form `target`, (lead, count) or None, and the bytes of the mask."""
     assert p.mask is not None
     kept: ir.Value | None = None

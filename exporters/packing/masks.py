@@ -61,11 +61,7 @@ class TileMask:
         """(R, K) levels -> the mask, its bytes (1-D), and the kept levels (1, count), tile by tile."""
         whole = padded(padded(rows, height, 0), width, 1)
         tall, wide = whole.shape[0] // height, whole.shape[1] // width
-        tiles = (
-            whole.reshape(tall, height, wide, width)
-            .transpose(0, 2, 1, 3)
-            .reshape(tall * wide, height * width)
-        )
+        tiles = whole.reshape(tall, height, wide, width).transpose(0, 2, 1, 3).reshape(tall * wide, height * width)
         bits = (tiles != 0).any(axis=1)
         kept = tiles[bits].copy()
         if whole.shape != rows.shape:  # values in the padding are free

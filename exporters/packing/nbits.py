@@ -40,9 +40,7 @@ def nbits_shift(p: PackedWeight, bits: int) -> int:
     return 2 ** (bits - 1) - 2 ** (int(p.spec.bits) - 1)
 
 
-def emit_nbits(
-    b: GraphBuilder, p: PackedWeight, name: str, bits: int, block_size: int
-) -> tuple[ir.Value, ir.Value]:
+def emit_nbits(b: GraphBuilder, p: PackedWeight, name: str, bits: int, block_size: int) -> tuple[ir.Value, ir.Value]:
     """B and scales of MatMulNBits for the weight seen as (N, K), N its output channels.
 
     The kernel computes `y = sum of s * (B - 2^(bits-1)) * x` when it is given no zero points. Linear levels
@@ -65,13 +63,10 @@ def emit_nbits(
     """
     if bits not in FIELDS or block_size < 16 or block_size & (block_size - 1):
         raise ValueError(
-            f"{name}: found bits={bits}, block_size={block_size}; expected 2, 4 or 8 and a "
-            "power of two from 16 on"
+            f"{name}: found bits={bits}, block_size={block_size}; expected 2, 4 or 8 and a power of two from 16 on"
         )
     if bits < nbits_for(p):
-        raise ValueError(
-            f"{name}: found levels {p.levels} for fields of {bits} bits; use {nbits_for(p)} bits"
-        )
+        raise ValueError(f"{name}: found levels {p.levels} for fields of {bits} bits; use {nbits_for(p)} bits")
     return _emit_fields(b, p, name, bits, block_size), _emit_block_scales(b, p, name, block_size)
 
 
@@ -150,8 +145,7 @@ def _emit_block_scales(b: GraphBuilder, p: PackedWeight, name: str, block_size: 
         return b.op("Expand", [scale, b.ints([rows, blocks])], name=node)
     if size % block_size:
         raise ValueError(
-            f"{name}: found groups of {size}; expected a multiple of block_size={block_size}; take a "
-            "smaller block_size"
+            f"{name}: found groups of {size}; expected a multiple of block_size={block_size}; take a smaller block_size"
         )
     if size == block_size:
         return scale

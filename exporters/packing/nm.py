@@ -57,9 +57,7 @@ class NMMask:
         return comb(self.m, self.n) * ceil(self.m / 8) if self._compact else 0
 
     @staticmethod
-    def encode(
-        rows: np.ndarray, n: int, m: int, aligned: bool = False
-    ) -> tuple[NMMask, np.ndarray, np.ndarray] | None:
+    def encode(rows: np.ndarray, n: int, m: int, aligned: bool = False) -> tuple[NMMask, np.ndarray, np.ndarray] | None:
         """(R, K) levels -> the mask, its bytes (lead, size) and the kept levels (lead, count).
 
         Lead is R when rows are to begin on bytes (`aligned`), else 1. None if a group has more than N

@@ -187,9 +187,7 @@ def row_shape(groups: Groups, shape: tuple[int, ...]) -> tuple[int, int]:
     if not shape:
         return 1, 1
     axis = len(shape) - 1 if groups.kind == "token" else groups.axis % len(shape)
-    length = (
-        int(np.prod(shape, dtype=np.int64)) // shape[axis] if shape[axis] else _product_without(shape, axis)
-    )
+    length = int(np.prod(shape, dtype=np.int64)) // shape[axis] if shape[axis] else _product_without(shape, axis)
     if groups.kind == "token":
         return _product_without(shape, axis), shape[axis]
     return shape[axis], length
@@ -225,9 +223,7 @@ def _stream_for(levels: np.ndarray, spec: QuantSpec | None) -> Stream:
     return Bits.linear(max(2, int(spec.bits)))
 
 
-def _sparse(
-    rows: np.ndarray, spec: QuantSpec | None, sparsity: SparsitySpec | None, align_rows: bool
-) -> list[_Coded]:
+def _sparse(rows: np.ndarray, spec: QuantSpec | None, sparsity: SparsitySpec | None, align_rows: bool) -> list[_Coded]:
     pattern = _pattern_of(rows, sparsity)
     found = NMMask.encode(rows, *pattern, align_rows) if pattern is not None else None
     result = [] if found is None else [_with_kept(*found, spec)]

@@ -55,15 +55,11 @@ class Ternary:
     def emit(self, b: GraphBuilder, data: ir.Value, count: int, name: str, target: Target) -> ir.Value:
         """One look-up, then the four lanes are interleaved by a transposition."""
         length = _lane_bytes(count) * PER_BYTE
-        lanes = b.op(
-            "Reshape", [lookup(b, target.table(LEVELS), data, name), b.ints([0, LANES, length])], name=name
-        )
+        lanes = b.op("Reshape", [lookup(b, target.table(LEVELS), data, name), b.ints([0, LANES, length])], name=name)
         levels = b.op("Transpose", [lanes], {"perm": [0, 2, 1]}, name=name)
         return trim(b, flatten_rows(b, levels, LANES * length, name), LANES * length, count, name)
 
-    def emit_fields(
-        self, b: GraphBuilder, data: ir.Value, count: int, name: str, bits: int, shift: int
-    ) -> ir.Value:
+    def emit_fields(self, b: GraphBuilder, data: ir.Value, count: int, name: str, bits: int, shift: int) -> ir.Value:
         """(lead, size) -> (lead, count / 4) bytes of 2-bit fields `level + shift`: a look-up a lane."""
         if bits != 2:
             raise ValueError(f"{name}: ternary lanes hold 2-bit fields, found bits={bits}")

@@ -41,9 +41,7 @@ def test_the_table_stays_packed(bits, tmp_path):
     model = gathering(p, (50, 48), 18).model()
     operators = folded(model, tmp_path / "optimized.onnx", LEVELS[1])
     assert "Gather" in operators
-    biggest = max(
-        p.arrays["packed"].nbytes, p.arrays["scale"].nbytes, 256 * 8 * 4
-    )  # a float table of one bit plane
+    biggest = max(p.arrays["packed"].nbytes, p.arrays["scale"].nbytes, 256 * 8 * 4)  # a float table of one bit plane
     for tensor in onnx.load(str(tmp_path / "optimized.onnx")).graph.initializer:
         assert onnx.numpy_helper.to_array(tensor).nbytes <= biggest
 

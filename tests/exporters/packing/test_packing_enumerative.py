@@ -27,9 +27,7 @@ def patterns_of(n, m):
     return bits
 
 
-@pytest.mark.parametrize(
-    ("n", "m"), [(4, 8), (3, 10), (8, 9), (5, 12), (8, 16), (4, 17), (12, 24), (16, 32), (31, 32)]
-)
+@pytest.mark.parametrize(("n", "m"), [(4, 8), (3, 10), (8, 9), (5, 12), (8, 16), (4, 17), (12, 24), (16, 32), (31, 32)])
 def test_numbers(n, m):
     bits = patterns_of(n, m)
     numbers = encode(bits, n)

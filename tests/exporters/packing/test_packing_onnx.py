@@ -127,9 +127,7 @@ def test_half_precision_scales():
     b = GraphBuilder()
     b.output(emit_float(b, p, "fc"), "weight")
     for (weight,) in run_everywhere(b.model(), {}):
-        np.testing.assert_allclose(
-            weight, q.dequantize().numpy(), rtol=2**-10
-        )  # half an ulp of float16 is 2^-11
+        np.testing.assert_allclose(weight, q.dequantize().numpy(), rtol=2**-10)  # half an ulp of float16 is 2^-11
 
 
 def test_tables_are_shared_and_a_weight_used_twice_is_stored_once():
