@@ -74,7 +74,7 @@ def thin_names(nodes: Iterable[ir.Node]) -> None:
     Names of the steps in between say nothing that the last does not, and would be a third of a small file.
     """
     last: dict[str, ir.Node] = {}
-    nodes = list(nodes)
+    nodes = [node for node in nodes if node.graph is not None]
     for node in nodes:
         last[_stem(node.name or "")] = node
     for node in nodes:

@@ -5,36 +5,29 @@ place.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
-import torch
-from onnx.defs import onnx_opset_version
 from rich.console import Console
 from torch import Tensor, nn
 
 from qgraph.errors import ExportError
 from qgraph.exporters.assemble import describe
-from qgraph.exporters.lowering.graph import Lowered, lower
+from qgraph.exporters.job import Job, Say, check_arguments, prepare_job
+from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
 from qgraph.exporters.naming import merge_reshapes, module_outputs, rename, shorten, thin_names
 from qgraph.exporters.report import ExportReport, metadata
 from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
-from qgraph.exporters.signature import FlatInputs, FlatModel, flat_model, flatten_inputs, run_eagerly
-from qgraph.exporters.trace import DEFAULT_OPSET, MINIMUM_OPSET, explain, is_data_dependent, trace
+from qgraph.exporters.signature import run_eagerly
+from qgraph.exporters.trace import DEFAULT_OPSET, explain, is_data_dependent, trace
 from qgraph.exporters.verify import Example, Verified, Verifier, WrongFile, check
 from qgraph.exporters.write import move_into_place, save, workspace
-from qgraph.modules import Collected, Quantizer, Sparsifier, collecting
 from qgraph.version import __version__
-
-TARGETS = ("standard", "ort")
-KEPT = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-Say = Callable[[str], None]
 
 
 def export(
@@ -85,9 +78,9 @@ def export(
         that was there is as it was.
     """
     path = Path(path)
-    _check_arguments(prepared, target, opset)
+    check_arguments(prepared, target, opset)
     with workspace(path) as folder, _teller(progress) as say:
-        job = _prepare_job(prepared, example_inputs, example_kwargs, opset or DEFAULT_OPSET, target, say)
+        job = prepare_job(prepared, example_inputs, example_kwargs, opset or DEFAULT_OPSET, target, say)
         say("looking for dynamic sizes")
         plans = _plans(job, dynamic_shapes)
         built = _first_that_works(job, plans, folder, path, verify, given=dynamic_shapes is not None)
@@ -96,128 +89,12 @@ def export(
 
 
 @dataclass(slots=True)
-class _Job:
-    """What stays the same over all attempts."""
-
-    model: nn.Module  # the working copy
-    flat: FlatModel
-    reference: tuple[Tensor, ...]
-    collected: Collected
-    original: nn.Module
-    opset: int
-    target: str
-    say: Say
-    notes: list[str]
-
-    @property
-    def name(self) -> str:
-        return type(self.original).__name__
-
-
-@dataclass(slots=True)
 class _Built:
     report: ExportReport
     verified: Verified | None
 
 
-def _check_arguments(prepared: Any, target: str, opset: int | None) -> None:
-    if not isinstance(prepared, nn.Module):
-        raise ExportError(
-            f"export: found a {type(prepared).__name__} in place of the model; expected the nn.Module that "
-            "qgraph.prepare returned; pass that"
-        )
-    if target not in TARGETS:
-        raise ExportError(
-            f"export: found target={target!r}; expected one of {', '.join(map(repr, TARGETS))}; choose one"
-        )
-    if opset is not None and not (isinstance(opset, int) and MINIMUM_OPSET <= opset <= onnx_opset_version()):
-        raise ExportError(
-            f"export: found opset={opset!r}; expected {MINIMUM_OPSET} to {onnx_opset_version()}: torch's "
-            "exporter writes none older than "
-            f"{MINIMUM_OPSET}, and this onnx knows none newer; leave it out for {DEFAULT_OPSET}"
-        )
-    if not _is_prepared(prepared):
-        raise ExportError(
-            f"export: found a {type(prepared).__name__} that is not prepared, so nothing in it is "
-            "quantized; expected what qgraph.prepare returns; "
-            "call prepared = qgraph.prepare(model, ...) first"
-        )
-
-
-def _is_prepared(model: nn.Module) -> bool:
-    if any(isinstance(module, Quantizer | Sparsifier) for module in model.modules()):
-        return True
-    from qgraph.graph import is_prepared  # a model without any site is prepared all the same
-
-    return is_prepared(model)
-
-
-def _prepare_job(
-    prepared: nn.Module,
-    example_inputs: Any,
-    example_kwargs: Mapping[str, Any] | None,
-    opset: int,
-    target: str,
-    say: Say,
-) -> _Job:
-    for name, parameter in [*prepared.named_parameters(), *prepared.named_buffers()]:
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise ExportError(
-                f"export of {type(prepared).__name__}: {name} holds NaN or Inf "
-                f"({int((~torch.isfinite(parameter)).sum())} of "
-                f"{parameter.numel()} values); expected finite values; the training diverged: go back to an "
-                "earlier checkpoint"
-            )
-    model = _working_copy(prepared)
-    inputs = flatten_inputs(model, example_inputs, example_kwargs)
-    notes = []
-    if _as_float32(inputs) or any(
-        t.is_floating_point() and t.dtype != torch.float32 for t in (*prepared.parameters(), *prepared.buffers())
-    ):
-        notes.append("computed in float32, and compared with the model in float32: it holds other float types")
-    flat = flat_model(model, inputs)
-    flat.eval()
-    say("running the model")
-    with collecting() as collected:
-        try:
-            reference = run_eagerly(flat, inputs.tensors)
-        except ExportError:
-            raise
-        except Exception as error:
-            raise ExportError(
-                f"export: {type(prepared).__name__} itself fails on the example inputs: "
-                f"{type(error).__name__}: {error}; expected "
-                "inputs that it takes; its own traceback is above"
-            ) from error
-    if not reference:
-        raise ExportError(
-            f"export of {type(prepared).__name__}: the model returns no tensor (found "
-            f"{', '.join(flat.dropped) or 'nothing'}); a file needs "
-            "at least one; return one"
-        )
-    return _Job(model, flat, reference, collected, prepared, opset, target, say, notes)
-
-
-def _working_copy(prepared: nn.Module) -> nn.Module:
-    """A copy with modules and buffers of its own and, where they can stay, the same parameters: nobody writes to them in eval."""
-    tensors = [*prepared.parameters(), *prepared.buffers()]
-    as_is = all(t.device.type == "cpu" and t.dtype in (*KEPT, torch.float32) for t in tensors)
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in prepared.parameters()} if as_is else {}
-    model = copy.deepcopy(prepared, memo)
-    return model.eval() if as_is else model.cpu().float().eval()
-
-
-def _as_float32(inputs: FlatInputs) -> list[str]:
-    """Bring inputs to the CPU and to float32, in place; say which were converted."""
-    narrow = [t.is_floating_point() and t.dtype != torch.float32 for t in inputs.tensors]
-    inputs.tensors = tuple(
-        tensor.float() if convert else tensor.cpu() for tensor, convert in zip(inputs.tensors, narrow, strict=True)
-    )
-    inputs.tensors = tuple(tensor.cpu() for tensor in inputs.tensors)
-    return [name for name, convert in zip(inputs.names, narrow, strict=True) if convert]
-
-
-def _plans(job: _Job, dynamic_shapes: Any) -> Iterator[ShapePlan]:
+def _plans(job: Job, dynamic_shapes: Any) -> Iterator[ShapePlan]:
     tensors = job.flat.inputs.tensors
 
     def run(other: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -229,7 +106,7 @@ def _plans(job: _Job, dynamic_shapes: Any) -> Iterator[ShapePlan]:
 
 
 def _first_that_works(
-    job: _Job, plans: Iterator[ShapePlan], folder: Path, path: Path, verify: bool, given: bool
+    job: Job, plans: Iterator[ShapePlan], folder: Path, path: Path, verify: bool, given: bool
 ) -> _Built:
     """Build with the first plan; go to a less dynamic one if tracing specialises a size, or the file is
     wrong at the second shape.
@@ -259,7 +136,7 @@ class _TraceFailed(Exception):
         self.final = final
 
 
-def _build(job: _Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -> _Built:
+def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -> _Built:
     model, notes = _trace(job, plan)
     layers = module_outputs(model.graph)
     rename(model.graph)
@@ -268,6 +145,7 @@ def _build(job: _Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -
     dtypes = {name for name, _ in [*job.model.named_parameters(), *job.model.named_buffers()]}
     report = describe_parts(job, model, lowered, plan, notes, path, dtypes)
     merge_reshapes(model.graph)
+    remove_unused(model.graph)
     thin_names(lowered.nodes)
     shorten(model.graph)
     _stamp(model, report)
@@ -280,7 +158,7 @@ def _build(job: _Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -
 
 
 def describe_parts(
-    job: _Job, model: ir.Model, lowered: Lowered, plan: ShapePlan, notes: list[str], path: Path, own: set[str]
+    job: Job, model: ir.Model, lowered: Lowered, plan: ShapePlan, notes: list[str], path: Path, own: set[str]
 ) -> ExportReport:
     """The report as far as it is known before the file is run."""
     from qgraph.exporters.assemble import assemble
@@ -299,10 +177,8 @@ def describe_parts(
     )
 
 
-def _trace(job: _Job, plan: ShapePlan) -> tuple[ir.Model, list[str]]:
-    job.say(
-        "tracing" + (f" with {'; '.join(plan.describe(job.flat.inputs.names))}" if any(plan.dims) else "")
-    )
+def _trace(job: Job, plan: ShapePlan) -> tuple[ir.Model, list[str]]:
+    job.say("tracing" + (f" with {'; '.join(plan.describe(job.flat.inputs.names))}" if any(plan.dims) else ""))
     notes: list[str] = []
     try:
         return trace(job.flat, tracing_example(plan, job.flat.inputs.tensors), plan, job.opset, notes), notes
@@ -321,7 +197,7 @@ def _stamp(model: ir.Model, report: ExportReport) -> None:
 
 
 def _verify(
-    job: _Job,
+    job: Job,
     plan: ShapePlan,
     file: Path,
     folder: Path,
@@ -352,5 +228,5 @@ def _teller(progress: bool) -> Iterator[Say]:
     if not progress or not sys.stderr.isatty():
         yield lambda text: None
         return
-    with Console(stderr=True).status("export") as status:
+    with Console(file=sys.stderr).status("export") as status:
         yield lambda text: status.update(f"export: {text}")

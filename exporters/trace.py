@@ -46,9 +46,7 @@ CHATTY = (
 )
 
 
-def trace(
-    flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, notes: list[str]
-) -> ir.Model:
+def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, notes: list[str]) -> ir.Model:
     """Export to an ONNX graph in memory.
 
     Parameters
@@ -75,8 +73,7 @@ def trace(
         if not _attention_trouble(error):
             raise
         notes.append(
-            "scaled_dot_product_attention was written out as matmul and softmax: the exporter cannot take "
-            "it whole"
+            "scaled_dot_product_attention was written out as matmul and softmax: the exporter cannot take it whole"
         )
         return _trace(flat, tensors, plan, opset, decompose_attention=True)
 
@@ -182,17 +179,13 @@ def plain_attention(
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = (query * factor) @ key.transpose(-2, -1)
-    if (
-        not isinstance(is_causal, bool) or is_causal
-    ):  # a symbolic bool: one query token attends to all keys either way
+    if not isinstance(is_causal, bool) or is_causal:  # a symbolic bool: one query token attends to all keys either way
         length, total = query.shape[-2], key.shape[-2]
         causal = torch.ones(length, total, dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(~causal, float("-inf"))
     if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
-        else:
-            scores = scores + attn_mask
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if boolean else scores + attn_mask
     return torch.softmax(scores, -1) @ value
 
 
@@ -220,9 +213,7 @@ def _register_schemas() -> None:
                     type_constraints=[
                         ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")
                     ],
-                    attributes=[
-                        OpSchema.Attribute("site", OpSchema.AttrType.STRING, "module path and operand")
-                    ],
+                    attributes=[OpSchema.Attribute("site", OpSchema.AttrType.STRING, "module path and operand")],
                 )
             )
 

@@ -1,0 +1,140 @@
+"""What one export works on: checked arguments, a copy of the model to run and trace, and what an eager run
+shows of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from onnx.defs import onnx_opset_version
+from torch import Tensor, nn
+
+from qgraph.errors import ExportError
+from qgraph.exporters.signature import FlatInputs, FlatModel, flat_model, flatten_inputs, run_eagerly
+from qgraph.exporters.trace import DEFAULT_OPSET, MINIMUM_OPSET
+from qgraph.modules import Collected, Quantizer, Sparsifier, collecting
+
+TARGETS = ("standard", "ort")
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Job:
+    """What stays the same over all attempts at one export."""
+
+    model: nn.Module  # the working copy
+    flat: FlatModel
+    reference: tuple[Tensor, ...]
+    collected: Collected
+    original: nn.Module
+    opset: int
+    target: str
+    say: Say
+    notes: list[str]
+
+    @property
+    def name(self) -> str:
+        return type(self.original).__name__
+
+
+def check_arguments(prepared: Any, target: str, opset: int | None) -> None:
+    if not isinstance(prepared, nn.Module):
+        raise ExportError(
+            f"export: found a {type(prepared).__name__} in place of the model; expected the nn.Module that "
+            "qgraph.prepare returned; pass that"
+        )
+    if target not in TARGETS:
+        raise ExportError(
+            f"export: found target={target!r}; expected one of {', '.join(map(repr, TARGETS))}; choose one"
+        )
+    if opset is not None and not (isinstance(opset, int) and MINIMUM_OPSET <= opset <= onnx_opset_version()):
+        raise ExportError(
+            f"export: found opset={opset!r}; expected {MINIMUM_OPSET} to {onnx_opset_version()}: torch's "
+            "exporter writes none older than "
+            f"{MINIMUM_OPSET}, and this onnx knows none newer; leave it out for {DEFAULT_OPSET}"
+        )
+    if not _is_prepared(prepared):
+        raise ExportError(
+            f"export: found a {type(prepared).__name__} that is not prepared, so nothing in it is "
+            "quantized; expected what qgraph.prepare returns; "
+            "call prepared = qgraph.prepare(model, ...) first"
+        )
+
+
+def _is_prepared(model: nn.Module) -> bool:
+    if any(isinstance(module, Quantizer | Sparsifier) for module in model.modules()):
+        return True
+    from qgraph.graph import is_prepared  # a model without any site is prepared all the same
+
+    return is_prepared(model)
+
+
+def prepare_job(
+    prepared: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    opset: int,
+    target: str,
+    say: Say,
+) -> Job:
+    for name, parameter in [*prepared.named_parameters(), *prepared.named_buffers()]:
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise ExportError(
+                f"export of {type(prepared).__name__}: {name} holds NaN or Inf "
+                f"({int((~torch.isfinite(parameter)).sum())} of "
+                f"{parameter.numel()} values); expected finite values; the training diverged: go back to an "
+                "earlier checkpoint"
+            )
+    model = _working_copy(prepared)
+    inputs = flatten_inputs(model, example_inputs, example_kwargs)
+    notes = []
+    if _to_float32(inputs) or any(map(_is_other_float, (*prepared.parameters(), *prepared.buffers()))):
+        notes.append("computed in float32, and compared with the model in float32: it holds other float types")
+    flat = flat_model(model, inputs)
+    flat.eval()
+    say("running the model")
+    with collecting() as collected:
+        try:
+            reference = run_eagerly(flat, inputs.tensors)
+        except ExportError:
+            raise
+        except Exception as error:
+            raise ExportError(
+                f"export: {type(prepared).__name__} itself fails on the example inputs: "
+                f"{type(error).__name__}: {error}; expected "
+                "inputs that it takes; its own traceback is above"
+            ) from error
+    if not reference:
+        raise ExportError(
+            f"export of {type(prepared).__name__}: the model returns no tensor (found "
+            f"{', '.join(flat.dropped) or 'nothing'}); a file needs "
+            "at least one; return one"
+        )
+    return Job(model, flat, reference, collected, prepared, opset, target, say, notes)
+
+
+def _working_copy(prepared: nn.Module) -> nn.Module:
+    """A copy with modules and buffers of its own and, where they can stay, the same parameters: nobody
+    writes to them in eval.
+    """
+    tensors = [*prepared.parameters(), *prepared.buffers()]
+    as_is = all(t.device.type == "cpu" and not _is_other_float(t) for t in tensors)
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in prepared.parameters()} if as_is else {}
+    model = copy.deepcopy(prepared, memo)
+    return model.eval() if as_is else model.cpu().float().eval()
+
+
+def _to_float32(inputs: FlatInputs) -> bool:
+    """Bring inputs to the CPU and to float32, in place; say whether any was another float."""
+    others = [_is_other_float(tensor) for tensor in inputs.tensors]
+    on_cpu = [tensor.cpu() for tensor in inputs.tensors]
+    inputs.tensors = tuple(t.float() if other else t for t, other in zip(on_cpu, others, strict=True))
+    return any(others)
+
+
+def _is_other_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != torch.float32
