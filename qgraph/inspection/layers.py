@@ -152,9 +152,7 @@ class Totals:
     bits_per_weight: float | None
 
     @staticmethod
-    def of(
-        layers: Iterable[Layer], floats: Iterable[FloatTensor], parameter_bytes: int | None = None
-    ) -> Totals:
+    def of(layers: Iterable[Layer], floats: Iterable[FloatTensor], parameter_bytes: int | None = None) -> Totals:
         """Add up; `bits_per_weight` is over quantized weights, None where there are none.
 
         `parameter_bytes` is what the parameters take before; None: what rows and float tensors add up to.
@@ -165,9 +163,7 @@ class Totals:
         quantized = [row for row in own if row.quantized]
         numel = sum(row.numel for row in quantized)
         bits = sum(row.bits_per_weight * row.numel for row in quantized)
-        before, after = (
-            sum(getattr(row, name) for row in quantized) for name in ("bytes_before", "bytes_after")
-        )
+        before, after = (sum(getattr(row, name) for row in quantized) for name in ("bytes_before", "bytes_after"))
         left = sum(item.bytes for item in floats) + sum(row.bytes_after for row in own if not row.quantized)
         return Totals(
             layers=len(rows),

@@ -48,9 +48,7 @@ class _Builder:
         self.shared = model.__dict__[STATE].shared
         self.calls: dict[str, int] = {}
 
-    def module(
-        self, module: nn.Module, variant: Any, arguments: dict[str, _Value] | None, path: str
-    ) -> _Value:
+    def module(self, module: nn.Module, variant: Any, arguments: dict[str, _Value] | None, path: str) -> _Value:
         """Splice one call of a captured module; returns the value of its output."""
         number = self.calls[path] = self.calls.get(path, 0) + 1
         prefix = f"{path}:" if number == 1 else f"{path}#{number}:"
@@ -78,9 +76,7 @@ class _Builder:
         number = self.calls[path] = self.calls.get(path, 0) + 1
         name = f"{path}:" if number == 1 else f"{path}#{number}:"
         name = _Id(name)
-        self.network.add_node(
-            name, path=path, op="call_module", target=target, kind=kind, where="", python=True
-        )
+        self.network.add_node(name, path=path, op="call_module", target=target, kind=kind, where="", python=True)
         self._connect(sources, name)
         if number == 1:
             for child_path, child in _captured_below(path, module):
@@ -96,9 +92,7 @@ class _Builder:
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
         if state is None:
-            return self._add(
-                f"{prefix}{node.name}", path, node, target, (args, kwargs), kind=type(child).__name__
-            )
+            return self._add(f"{prefix}{node.name}", path, node, target, (args, kwargs), kind=type(child).__name__)
         variant = _variant(state, state.names(args, kwargs))
         if variant is None:
             return self.opaque(state.path, child, target, type(child).__name__, _ids((args, kwargs)))

@@ -53,9 +53,7 @@ def load(path: Path) -> onnx.ModelProto:
     if not path.exists():
         raise InspectError(f"{path}: no such file. Expected the path of an .onnx file; check the spelling.")
     if path.is_dir():
-        raise InspectError(
-            f"{path}: found a folder. Expected the path of an .onnx file; name the file in it."
-        )
+        raise InspectError(f"{path}: found a folder. Expected the path of an .onnx file; name the file in it.")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:
@@ -80,9 +78,7 @@ def _ours(path: Path, model: onnx.ModelProto) -> OnnxFile:
     floats = []
     for item in report.leftovers:
         tensor = sizes.get(item.name)
-        shape, dtype = (
-            ((), "float32") if tensor is None else (tuple(tensor.dims), _dtype(tensor.data_type)[0])
-        )
+        shape, dtype = ((), "float32") if tensor is None else (tuple(tensor.dims), _dtype(tensor.data_type)[0])
         floats.append(FloatTensor(item.name, shape, dtype, item.bytes, item.reason))
     title = f"{path.name}: exported by qgraph with {report.config}, target {report.target}"
     notes = ["dynamic sizes: " + ("; ".join(report.dynamic) or "none")]
@@ -150,10 +146,7 @@ def _foreign(path: Path, model: onnx.ModelProto) -> OnnxFile:
         )
     producer = " ".join(filter(None, (model.producer_name, model.producer_version))) or "an unknown producer"
     data = {
-        entry.value
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     beside = [path.parent / name for name in sorted(data)]
     size = path.stat().st_size + sum(file.stat().st_size for file in beside if file.exists())
@@ -171,9 +164,7 @@ def _dtype(data_type: int) -> tuple[str, int]:
 
     name = onnx.TensorProto.DataType.Name(data_type).lower()
     packed = {"int4": 4, "uint4": 4, "float4e2m1": 4, "int2": 2, "uint2": 2}
-    bits = packed.get(name) or (
-        8 * onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize if name != "string" else 0
-    )
+    bits = packed.get(name) or (8 * onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize if name != "string" else 0)
     return {"float": "float32", "double": "float64"}.get(name, name), bits
 
 
@@ -186,9 +177,7 @@ def onnx_network(path: Path) -> networkx.DiGraph:
     made: dict[str, str] = {}
     for tensor in model.graph.initializer:
         made[tensor.name] = tensor.name
-        network.add_node(
-            tensor.name, path="", op="initializer", target=tensor.name, where="", shape=tuple(tensor.dims)
-        )
+        network.add_node(tensor.name, path="", op="initializer", target=tensor.name, where="", shape=tuple(tensor.dims))
     for value in model.graph.input:
         if value.name not in made:
             made[value.name] = value.name

@@ -26,19 +26,19 @@ def prepared_layers(model: nn.Module) -> tuple[list[Layer], set[str]]:
     met = {record.name for record in records}
     records += [record for record in _waiting(model) if record.name not in met or record.reason is not None]
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    passed = _passed(model)
+    parameters |= {name: parameters[source] for name, source in passed.items() if source in parameters}
     first: dict[Any, Layer] = {}
     layers: list[Layer] = []
     covered: set[str] = set()
     for record in records:
-        covered.update(record.sources or (record.name,))
+        covered.update(passed.get(source, source) for source in record.sources or (record.name,))
         layer = _layer(model, record, parameters, first)
         layers.append(layer)
     return layers, covered
 
 
-def _layer(
-    model: nn.Module, record: SiteRecord, parameters: dict[str, nn.Parameter], first: dict[Any, Layer]
-) -> Layer:
+def _layer(model: nn.Module, record: SiteRecord, parameters: dict[str, nn.Parameter], first: dict[Any, Layer]) -> Layer:
     key = (record.name, record.weight, record.sparsity, record.groups)
     stored = first.get(key)
     value = None if stored is not None else _value(model, record, parameters)
@@ -90,6 +90,8 @@ def _with_sizes(layer: Layer, record: SiteRecord, value: Tensor | None) -> Layer
 def _value(model: nn.Module, record: SiteRecord, parameters: dict[str, nn.Parameter]) -> Tensor | None:
     """The float weight as it is now; None where only running Python makes it."""
     parameter = parameters.get(record.name)
+    if parameter is None and record.node is not None and record.node.op == "placeholder":
+        parameter = parameters.get(record.sources[0])
     if parameter is not None:
         return None if nn.parameter.is_lazy(parameter) else parameter.detach()
     if record.node is None:
@@ -103,12 +105,35 @@ def _value(model: nn.Module, record: SiteRecord, parameters: dict[str, nn.Parame
     return value.detach().clone() if isinstance(value, Tensor) else None
 
 
+def _passed(model: nn.Module) -> dict[str, str]:
+    """Arguments that are parameters: ``child.argument`` -> the parameter that the parent passes."""
+    found = {}
+    for path, module, state in states(model):
+        for variant in state.variants:
+            for node in variant.graph.nodes:
+                child = _child_state(module, node)
+                if child is None:
+                    continue
+                values = (*node.args, *(node.kwargs[name] for name in sorted(node.kwargs)))
+                for name, value in zip(child.names(node.args, dict(node.kwargs)), values, strict=True):
+                    if isinstance(value, fx.Node) and value.op == "get_attr" and value.meta.get("parameter"):
+                        source = state.shared.canonical_name(path, str(value.target))
+                        found[f"{child.path}.{name}"] = source
+    return found
+
+
+def _child_state(module: nn.Module, node: fx.Node) -> Any:
+    if node.op != "call_module" or str(node.target).startswith("qgraph."):
+        return None
+    return module.get_submodule(str(node.target)).__dict__.get(STATE)
+
+
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Let a module compute a weight in eval mode; modes, buffers, counters and random states stay."""
     modes = [(each, each.training) for each in module.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    counters = [(state, state.misses, len(state.variants)) for _, _, state in states(module)]
+    counters = [(s, s.misses, len(s.variants), len(s.opaque)) for _, _, s in states(module)]
     try:
         for each, _ in modes:
             each.training = False
@@ -117,9 +142,9 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     finally:
         for each, training in modes:
             each.training = training
-        for state, misses, variants in counters:
+        for state, misses, variants, opaque in counters:
             state.misses = misses
-            del state.variants[variants:]
+            del state.variants[variants:], state.opaque[opaque:]
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -33,9 +33,7 @@ def describe_groups(groups: Groups, shape: Sequence[int]) -> str:
     return f"{count} x {size}"
 
 
-def code_bits(
-    shape: Sequence[int], spec: QuantSpec | None, sparsity: SparsitySpec | None, groups: Groups
-) -> float:
+def code_bits(shape: Sequence[int], spec: QuantSpec | None, sparsity: SparsitySpec | None, groups: Groups) -> float:
     """Bits of all codes of a weight and, where it is sparse, of the pattern of kept weights.
 
     Parameters
@@ -74,9 +72,7 @@ def scale_bits(shape: Sequence[int], spec: QuantSpec | None, groups: Groups) -> 
     return group_count(groups, shape) * FLOAT_BITS * (2 if spec.scheme == "affine" else 1)
 
 
-def stored_bytes(
-    shape: Sequence[int], spec: QuantSpec | None, sparsity: SparsitySpec | None, groups: Groups
-) -> int:
+def stored_bytes(shape: Sequence[int], spec: QuantSpec | None, sparsity: SparsitySpec | None, groups: Groups) -> int:
     """Bytes of codes, pattern, scales and zero points; codes and pattern are rounded up to whole bytes."""
     # lgamma leaves a few ulp: 96.00000000000001 bits are 12 bytes
     codes = math.ceil(round(code_bits(shape, spec, sparsity, groups), 6) / 8)

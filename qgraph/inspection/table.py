@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 NARROWEST, USUAL, WIDEST = 80, 120, 200
 ROOMY = 100  # below, the groups (the spec says them too) and a file's forms have no column
+MANY = 20  # how many notes are shown
 NAMED = 6  # how many names a line lists before it says how many more there are
 
 
@@ -93,9 +95,7 @@ def _lines(inspection: Inspection) -> list[str]:
         lines += _coverage_lines(inspection)
     lines += inspection.remarks
     if inspection.kind == "eager":
-        lines.append(
-            "sites are those of torch's own layers and parameters; a call with an example shows all of them"
-        )
+        lines.append("sites are those of torch's own layers and parameters; a call with an example shows all of them")
     return lines
 
 
@@ -161,20 +161,28 @@ def _coverage_lines(inspection: Inspection) -> list[str]:
     if python:
         lines.append(f"* in no graph, quantized while Python runs: {len(python)}: {_some(python)}")
     lines += _opaque_lines(found.opaque)
-    for note in inspection.notes:
-        if note.pass_name not in _STANDARD:
-            lines.append(f"note: {note.pass_name}: {note.site}: {note.text}")
+    notes = [note for note in inspection.notes if note.pass_name not in _STANDARD]
+    lines += [f"note: {note.pass_name}: {note.site or 'the model'}: {note.text}" for note in notes[:MANY]]
+    if len(notes) > MANY:
+        lines.append(f"and {len(notes) - MANY} more notes, in .notes")
     return lines
 
 
 def _opaque_lines(opaque: Iterable[OpaqueModule]) -> list[str]:
-    modes: dict[str, list[str]] = {}
+    """One line for modules of one class that stay Python at one place for one reason, numbers in it aside."""
+    alike: dict[tuple[str, ...], list[OpaqueModule]] = {}
     for module in opaque:
-        place = short_where(module.where)
-        at = f" at {place}" if place else ""
-        text = f"{module.path or 'the model'} ({module.kind}): {module.reason}{at}"
-        modes.setdefault(text, []).append("train" if module.training else "eval")
-    return [f"stays Python ({' and '.join(dict.fromkeys(found))}): {text}" for text, found in modes.items()]
+        key = (module.kind, module.where, re.sub(r"\d+", "#", module.reason))
+        alike.setdefault(key, []).append(module)
+    lines = []
+    for found in alike.values():
+        modes = " and ".join(dict.fromkeys("train" if module.training else "eval" for module in found))
+        paths = list(dict.fromkeys(module.path or "the model" for module in found))
+        place = short_where(found[0].where)
+        reason = found[0].reason + (f" at {place}" if place else "")
+        count = f"{len(paths)} times: " if len(paths) > 1 else ""
+        lines.append(f"stays Python ({modes}): {count}{_some(paths)} ({found[0].kind}): {reason}")
+    return lines
 
 
 _STANDARD = ("sparsify-weights", "quantize-weights", "quantize-activations", "share-quantizers")

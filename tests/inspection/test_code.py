@@ -81,9 +81,7 @@ def test_every_graph_is_python_without_noise(name):
     assert graphs
     for text in graphs.values():
         ast.parse(text)
-        assert (
-            "= None\n" not in text.replace("=None", "") and ";" not in text and "qgraph_capture" not in text
-        )
+        assert "= None\n" not in text.replace("=None", "") and ";" not in text and "qgraph_capture" not in text
         assert text.count("def forward(self") >= 1
 
 

@@ -86,9 +86,7 @@ def test_rows_come_in_the_order_of_use_and_the_ends_are_named():
 
 def test_recurrent_layers_have_a_row_a_matrix():
     rows = by_site(qgraph.inspect(prepared_case("recurrent")))
-    assert (
-        sum(row.op == "lstm" for row in rows.values()) == 8 and sum(r.op == "gru" for r in rows.values()) == 2
-    )
+    assert sum(row.op == "lstm" for row in rows.values()) == 8 and sum(r.op == "gru" for r in rows.values()) == 2
     assert rows["lstm.weight_ih_l1"].bytes_before == 48 * 24 * 4
 
 
@@ -121,6 +119,29 @@ def test_exact_weights_are_said_to_be_so():
 
 
 # -- what stays float ----------------------------------------------------------------------------------------
+
+
+class Passing(nn.Module):
+    """A parameter that is handed to a child, which multiplies by it."""
+
+    def __init__(self):
+        super().__init__()
+        self.child, self.w = Taking(), nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6))
+
+    def forward(self, x):
+        return self.child(x, weight=self.w)
+
+
+class Taking(nn.Module):
+    def forward(self, x, weight):
+        return F.linear(x, weight)
+
+
+def test_a_parameter_that_is_passed_to_a_child_is_covered_and_measured():
+    found = qgraph.inspect(qgraph.prepare(Passing(), "W4", (torch.ones(2, 6),)))
+    (row,) = found.layers
+    assert (row.path, row.shape, row.quantized) == ("child", (4, 6), True) and row.error_db > 15
+    assert found.floats == ()
 
 
 class Odd(nn.Module):
@@ -188,9 +209,7 @@ def test_opaque_modules_are_named_with_reason_and_line():
     found = qgraph.inspect(prepared_case("branching"))
     assert {o.path for o in found.coverage.opaque} == {""}
     line = next(line for line in str(found).splitlines() if line.startswith("stays Python"))
-    assert line.startswith(
-        "stays Python (eval and train): the model (Branching): reads tensor data in Python"
-    )
+    assert line.startswith("stays Python (eval and train): the model (Branching): reads tensor data in Python")
     assert "models.py:" in line
     assert by_site(found)["w"].captured is False and by_site(found)["w"].error_db > 10
     assert "* in no graph, quantized while Python runs: 1: w" in str(found)
@@ -205,6 +224,17 @@ def test_guard_misses_are_counted():
     found = qgraph.inspect(prepared)
     assert f"calls that no graph held for: {coverage(prepared).guard_misses}" in str(found)
     assert found.coverage == coverage(prepared)
+
+
+def test_modules_alike_that_stay_python_share_a_line():
+    class Reading(nn.Module):
+        def forward(self, x):
+            return x * x.max().item()
+
+    model = nn.Sequential(*(Reading() for _ in range(9)), nn.Linear(3, 3))
+    text = qgraph.inspect(qgraph.prepare(model, "W4", (torch.ones(2, 3),))).text(200)
+    (line,) = [line for line in text.splitlines() if line.startswith("stays Python")]
+    assert line.startswith("stays Python (eval and train): 9 times: 0, 1, 2, 3, 4, 5 and 3 more (Reading): ")
 
 
 # -- eager ---------------------------------------------------------------------------------------------------
@@ -305,10 +335,7 @@ def spectral():
 @pytest.mark.parametrize("name", [*CASES, "spectral"])
 def test_looking_leaves_no_trace(name):
     torch.manual_seed(0)
-    if name == "spectral":
-        prepared = qgraph.prepare(spectral(), "W4", (torch.randn(2, 6),))
-    else:
-        prepared = prepared_case(name)
+    prepared = prepared_case(name) if name in CASES else qgraph.prepare(spectral(), "W4", (torch.randn(2, 6),))
     prepared.train()
     next(prepared.children(), prepared).eval()
     before, random_before = everything(prepared), randomness()
@@ -332,9 +359,7 @@ def test_switched_off_quantizers_are_measured_all_the_same():
 
 @pytest.mark.parametrize("wrong", [3, None, [nn.Linear(2, 2)], nn.Linear])
 def test_a_wrong_type_is_an_error_that_says_what_to_pass(wrong):
-    with pytest.raises(
-        qgraph.InspectError, match=r"inspect: found \w+\. Expected a torch\.nn\.Module or the path"
-    ):
+    with pytest.raises(qgraph.InspectError, match=r"inspect: found \w+\. Expected a torch\.nn\.Module or the path"):
         qgraph.inspect(wrong)
 
 
