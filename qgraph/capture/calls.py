@@ -49,6 +49,11 @@ def see_through(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
+def transformed() -> bool:
+    """Whether a functorch transform (vmap, grad) is running: its tensors are not to be kept or looked into."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _never(*_: Any) -> bool:
     return False
 
@@ -76,7 +81,9 @@ def node_target(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[st
         getattr(Tensor, name, None) is function or getattr(torch._C.TensorBase, name, None) is function
     )
     if not is_method:
-        return "call_function", function
+        # Python wrappers of methods (`Tensor.__pow__`) are in no namespace: called by name.
+        wrapper = getattr(function, "__module__", None) == "torch._tensor" and args and isinstance(args[0], Tensor)
+        return ("call_method", name) if wrapper and hasattr(Tensor, name) else ("call_function", function)
     if name in _OPERATORS and len(args) == (3 if name == "__setitem__" else 1 if name == "neg" else 2):
         return "call_function", _OPERATORS[name]
     return "call_method", name

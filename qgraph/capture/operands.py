@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qgraph.capture.calls import transformed
 from qgraph.capture.source import locate
 from qgraph.capture.state import ModuleState, find_attribute
 from qgraph.capture.structure import walk
@@ -92,7 +93,7 @@ class OperandTracker:
         for placed in site.inputs:
             quantizer = self.owner.activation(placed, call)
             if quantizer is not None and (x := placed.operand.get(args, kwargs)) is not None:
-                args, kwargs = placed.operand.put(args, kwargs, quantizer(x))
+                args, kwargs = placed.operand.put(args, kwargs, _quantized(quantizer, x))
         return args, kwargs
 
     def place_all(self) -> None:
@@ -127,6 +128,11 @@ class OperandTracker:
                 return i
         met.append(tensor)
         return len(met) - 1
+
+
+def _quantized(quantizer: Any, x: Tensor) -> Tensor:
+    """An activation, quantized; inside vmap the values of one group may lie across its batch: left float there."""
+    return x if transformed() else quantizer(x)
 
 
 def _tensors(values: Any) -> list[Tensor]:

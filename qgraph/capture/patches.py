@@ -12,17 +12,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import vmap
+from torch.nn.utils import stateless
 
 from qgraph.capture.calls import Apply
+from qgraph.capture.values import plain
 
 _lock = threading.Lock()
 _users = 0
-_originals: dict[tuple[type, str], Any] = {}
+_originals: dict[tuple[Any, str], Any] = {}
 
 
 @contextlib.contextmanager
 def patched(current: Callable[[], Any]) -> Iterator[None]:
-    """While a capture runs: module calls, autograd functions and autocast report to the session of their thread.
+    """While a capture runs: module calls, functional calls, autograd functions and autocast report to the session of their thread.
 
     Parameters
     ----------
@@ -73,13 +76,29 @@ def _install(current: Callable[[], Any]) -> None:
             session.leave_autocast(context)
         return leave(context, *error)
 
+    functional_call, vmap_level = stateless._functional_call, vmap._vmap_increment_nesting
+
+    def call_functionally(*args: Any, **kwargs: Any) -> Any:
+        session = current()
+        if session is not None and session.recorder is not None:
+            session.recorder.fail("calls a module with other parameters than its own (functional_call)")
+        return functional_call(*args, **kwargs)
+
+    def enter_vmap(*args: Any, **kwargs: Any) -> Any:
+        session = current()
+        if session is not None and session.recorder is not None:
+            session.recorder.fail("runs under vmap")
+        return vmap_level(*plain(args), **kwargs)
+
+    _replace(stateless, "_functional_call", call_functionally)
+    _replace(vmap, "_vmap_increment_nesting", enter_vmap)
     _replace(nn.Module, "__call__", call_module)
     _replace(torch.autograd.Function, "apply", classmethod(apply_function))
     _replace(torch.autocast, "__enter__", enter_autocast)
     _replace(torch.autocast, "__exit__", leave_autocast)
 
 
-def _replace(owner: type, name: str, value: Any) -> None:
+def _replace(owner: Any, name: str, value: Any) -> None:
     _originals[owner, name] = owner.__dict__[name]
     setattr(owner, name, value)
 

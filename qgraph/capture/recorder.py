@@ -166,11 +166,13 @@ class Recorder(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plain_args, plain_kwargs = plain(args), plain(kwargs)
+        if calls.transformed():
+            self.fail("runs under a functorch transform (vmap, grad)")
         if func is torch._C._set_grad_enabled:
             self._set_grad_enabled(bool(plain_args[0]))
             return func(*plain_args)
         run_args, run_kwargs = self.operands.at(calls.name_of(func), plain_args, plain_kwargs, self.quantize)
-        versions = self.values.versions(plain_args, plain_kwargs)
+        versions = self.values.versions(plain_args, plain_kwargs) if self.recording else {}
         result = func(*run_args, **run_kwargs)
         self.operands.follow(plain_args, plain_kwargs, result, calls.name_of(func))
         if not self.recording:

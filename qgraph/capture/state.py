@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qgraph.capture.guards import Guard
-from qgraph.capture.structure import Unsupported, signature, walk
+from qgraph.capture.structure import Unsupported, aliases, signature, walk
 from qgraph.graph import Shared
 from qgraph.placement import Owner
 
@@ -153,7 +154,7 @@ class ModuleState:
         """Describe a call of the forward; `signature` is None for one that no graph can take."""
         values = (*args, *(kwargs[name] for name in sorted(kwargs)))
         try:
-            given = tuple([signature(value) for value in values])
+            given = (*[signature(value) for value in values], aliases(values))
         except Unsupported as error:
             return Call(self.names(args, kwargs), None, values, f"takes {error}")
         return Call(self.names(args, kwargs), given, values)
@@ -223,7 +224,7 @@ def find_attribute(module: nn.Module, tensor: Tensor) -> str | None:
 
 
 class Snapshot:
-    """Random states and buffers before a run that may have to be done again."""
+    """Random states, buffers and plain attributes before a run that may have to be done again."""
 
     def __init__(self, module: nn.Module) -> None:
         self.python, self.numpy = random.getstate(), np.random.get_state()
@@ -234,6 +235,7 @@ class Snapshot:
             else []
         )
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+        self.attributes = [(m, dict(m._buffers), _own_attributes(m)) for m in module.modules()]
 
     def restore(self) -> None:
         random.setstate(self.python)
@@ -243,5 +245,25 @@ class Snapshot:
             torch.cuda.set_rng_state_all(self.cuda)
         with torch.no_grad():
             for buffer, value in self.buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                buffer.copy_(value)
+        for module, buffers, attributes in self.attributes:
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer
+            for name in set(_own_attributes(module)) - set(attributes):
+                del module.__dict__[name]
+            for name, (value, content) in attributes.items():
+                module.__dict__[name] = value
+                if isinstance(value, list):
+                    value[:] = content
+                elif isinstance(value, dict):
+                    value.clear()
+                    value.update(content)
+
+
+def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """A module's scalars, lists and dicts, the latter with a copy of what they hold; not torch's own."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, (list, dict)) else None)
+        for name, value in module.__dict__.items()
+        if isinstance(value, (*_SCALARS, list, dict)) and not name.startswith("_") and name != "training"
+    }

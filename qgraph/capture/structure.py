@@ -100,6 +100,18 @@ def signature(value: Any, top: bool = True, depth: int = 0) -> Any:
     )
 
 
+def aliases(values: tuple[Any, ...]) -> tuple[int, ...]:
+    """Which tensors among a call's arguments are one and the same: () where all differ, else each one's first place.
+
+    A forward may ask (``key is value``), and one node of a graph stands for one tensor.
+    """
+    if len(values) < 2 and (not values or isinstance(values[0], Tensor)):
+        return ()
+    tensors = [item for value in values for _, item in walk(value) if isinstance(item, Tensor)]
+    first = [next(j for j, other in enumerate(tensors) if other is tensor) for tensor in tensors]
+    return () if all(i == j for i, j in enumerate(first)) else tuple(first)
+
+
 def identities(value: Any) -> list[Any]:
     """The parts of a value as objects to compare by identity later: tells whether a forward changed its input."""
     return [(path, item) for path, item in walk(value)]
