@@ -108,10 +108,10 @@ def tidy(line: str) -> str:
 def model_graphs(model: nn.Module) -> dict[str, str]:
     """The captured graphs of each module of a prepared model, by path; "" is the model itself."""
     result = {}
-    for path, module, state in states(model):
+    for _, module, state in states(model):
         if state.variants:
             kind = type(module).__name__
-            result[path] = _texts(path or "the model", kind, state.variants)
+            result[state.path] = _texts(state.path or "the model", kind, state.variants)
     return result
 
 

@@ -6,7 +6,7 @@ import re
 
 from torch import fx, nn
 
-from qgraph.graph import is_prepared, states
+from qgraph.graph import STATE, is_prepared, states
 from qgraph.inspection.layers import FloatTensor
 from qgraph.inspection.prepared import NOT_CAPTURED
 
@@ -20,6 +20,7 @@ _BIAS_NAME = re.compile(r"(^|_)bias($|_)")
 def float_parameters(model: nn.Module, covered: set[str]) -> list[FloatTensor]:
     """Every parameter of a model that is not among `covered` (names, or paths of modules), each once."""
     usage = _Usage(model) if is_prepared(model) else None
+    prefix = model.__dict__[STATE].path if is_prepared(model) else ""
     result = []
     for path, module in model.named_modules():
         if path.split(".")[-1] == "qgraph" or ".qgraph." in f".{path}.":
@@ -27,7 +28,7 @@ def float_parameters(model: nn.Module, covered: set[str]) -> list[FloatTensor]:
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            full = f"{path}.{name}".lstrip(".")
+            full = ".".join(part for part in (prefix, path, name) if part)
             if usage is not None and usage.canonical(full) != full:
                 continue
             if _is_covered(full, covered):
@@ -78,7 +79,8 @@ class _Usage:
         self.python: set[str] = set()
         self.graphs = 0
         self.shared = None
-        for path, _, state in states(model):
+        for _, _, state in states(model):
+            path = state.path
             self.shared = self.shared or state.shared
             self.graphs += len(state.variants)
             if state.opaque:

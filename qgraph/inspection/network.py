@@ -34,9 +34,9 @@ def model_network(model: nn.Module) -> networkx.DiGraph:
     builder = _Builder(network, model)
     variant = _variant(root)
     if variant is None:
-        builder.opaque("", model, "", type(model).__name__, [])
+        builder.opaque(root.path, model, "", type(model).__name__, [])
     else:
-        builder.module(model, variant, None, "")
+        builder.module(model, variant, None, root.path)
     return network
 
 

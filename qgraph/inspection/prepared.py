@@ -25,7 +25,8 @@ def prepared_layers(model: nn.Module) -> tuple[list[Layer], set[str]]:
     records = sites(model)
     met = {record.name for record in records}
     records += [record for record in _waiting(model) if record.name not in met or record.reason is not None]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = _parameters(model)
+    owners = {state.path: module for _, module, state in states(model)}
     passed = _passed(model)
     parameters |= {name: parameters[source] for name, source in passed.items() if source in parameters}
     first: dict[Any, Layer] = {}
@@ -33,15 +34,25 @@ def prepared_layers(model: nn.Module) -> tuple[list[Layer], set[str]]:
     covered: set[str] = set()
     for record in records:
         covered.update(passed.get(source, source) for source in record.sources or (record.name,))
-        layer = _layer(model, record, parameters, first)
+        layer = _layer(owners[record.path], record, parameters, first)
         layers.append(layer)
     return layers, covered
 
 
-def _layer(model: nn.Module, record: SiteRecord, parameters: dict[str, nn.Parameter], first: dict[Any, Layer]) -> Layer:
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their names in the whole prepared model, of which `model` may be a part."""
+    state = model.__dict__[STATE]
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        full = f"{state.path}.{name}".lstrip(".")
+        found[full] = found[state.shared.canonical.get(full, full)] = parameter
+    return found
+
+
+def _layer(owner: nn.Module, record: SiteRecord, parameters: dict[str, nn.Parameter], first: dict[Any, Layer]) -> Layer:
     key = (record.name, record.weight, record.sparsity, record.groups)
     stored = first.get(key)
-    value = None if stored is not None else _value(model, record, parameters)
+    value = None if stored is not None else _value(owner, record, parameters)
     shape = stored.shape if stored is not None else tuple(value.shape) if value is not None else record.shape
     dtype = value.dtype if value is not None else torch.float32
     before = math.prod(shape) * dtype.itemsize
@@ -87,7 +98,7 @@ def _with_sizes(layer: Layer, record: SiteRecord, value: Tensor | None) -> Layer
     )
 
 
-def _value(model: nn.Module, record: SiteRecord, parameters: dict[str, nn.Parameter]) -> Tensor | None:
+def _value(owner: nn.Module, record: SiteRecord, parameters: dict[str, nn.Parameter]) -> Tensor | None:
     """The float weight as it is now; None where only running Python makes it."""
     parameter = parameters.get(record.name)
     if parameter is None and record.node is not None and record.node.op == "placeholder":
@@ -96,7 +107,6 @@ def _value(model: nn.Module, record: SiteRecord, parameters: dict[str, nn.Parame
         return None if nn.parameter.is_lazy(parameter) else parameter.detach()
     if record.node is None:
         return None
-    owner = model.get_submodule(record.path)
     try:
         with _undisturbed(owner):
             value = value_of(record.node, owner)()
@@ -108,7 +118,7 @@ def _value(model: nn.Module, record: SiteRecord, parameters: dict[str, nn.Parame
 def _passed(model: nn.Module) -> dict[str, str]:
     """Arguments that are parameters: ``child.argument`` -> the parameter that the parent passes."""
     found = {}
-    for path, module, state in states(model):
+    for _, module, state in states(model):
         for variant in state.variants:
             for node in variant.graph.nodes:
                 child = _child_state(module, node)
@@ -117,7 +127,7 @@ def _passed(model: nn.Module) -> dict[str, str]:
                 values = (*node.args, *(node.kwargs[name] for name in sorted(node.kwargs)))
                 for name, value in zip(child.names(node.args, dict(node.kwargs)), values, strict=True):
                     if isinstance(value, fx.Node) and value.op == "get_attr" and value.meta.get("parameter"):
-                        source = state.shared.canonical_name(path, str(value.target))
+                        source = state.shared.canonical_name(state.path, str(value.target))
                         found[f"{child.path}.{name}"] = source
     return found
 
@@ -152,9 +162,10 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
 
 def _waiting(model: nn.Module) -> Iterator[SiteRecord]:
     """Torch's own layers whose quantizers stand ready though no call of the layer was captured yet."""
-    for path, module, state in states(model):
+    for _, module, state in states(model):
         if state.variants or state.python_sites:
             continue
+        path = state.path
         container = module._modules.get("qgraph")
         weight = module._parameters.get("weight")
         if weight is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qgraph.errors import InspectError
-from qgraph.graph import STATE, Coverage, coverage, is_prepared
+from qgraph.graph import STATE, Coverage, coverage, is_prepared, states
 from qgraph.inspection.code import model_graphs
 from qgraph.inspection.eager import eager_coverage, eager_layers
 from qgraph.inspection.floats import float_parameters
@@ -156,7 +156,7 @@ def inspect(model_or_path: nn.Module | str | os.PathLike[str]) -> Inspection:
     >>> print(qgraph.inspect(prepared))
     """
     if isinstance(model_or_path, nn.Module):
-        model = model_or_path
+        model = _prepared_inside(model_or_path)
         return _prepared(model) if is_prepared(model) else _eager(model)
     if isinstance(model_or_path, (str, os.PathLike)):
         return _file(Path(model_or_path))
@@ -164,6 +164,19 @@ def inspect(model_or_path: nn.Module | str | os.PathLike[str]) -> Inspection:
         f"inspect: found {type(model_or_path).__name__}. Expected a torch.nn.Module or the path of an .onnx "
         f"file; pass the model object itself."
     )
+
+
+def _prepared_inside(model: nn.Module) -> nn.Module:
+    """The prepared model that a wrapper (torch.compile, data parallel, a trainer) holds, or `model` itself."""
+    if is_prepared(model):
+        return model
+    roots = {path: module for path, module, state in states(model) if not state.path}
+    if len(roots) > 1:
+        raise InspectError(
+            f"inspect: {type(model).__name__} holds {len(roots)} prepared models, at {', '.join(roots)}. "
+            f"Expected one; inspect each of them."
+        )
+    return next(iter(roots.values()), model)
 
 
 def _eager(model: nn.Module) -> Inspection:
@@ -190,6 +203,8 @@ def _prepared(model: nn.Module) -> Inspection:
         quantized = sum(layer.quantized for layer in layers)
         found = dataclasses.replace(found, sites=len(layers), sites_quantized=quantized)
     title = f"{shared.model_name or type(model).__name__}: prepared with {shared.config}"
+    if path := model.__dict__[STATE].path:
+        title = f"{path} ({type(model).__name__}) of {title}"
     return Inspection(
         "prepared",
         title,

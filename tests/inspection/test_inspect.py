@@ -237,6 +237,33 @@ def test_modules_alike_that_stay_python_share_a_line():
     assert line.startswith("stays Python (eval and train): 9 times: 0, 1, 2, 3, 4, 5 and 3 more (Reading): ")
 
 
+# -- parts and wrappers ---------------------------------------------------------------------------------------
+
+
+def test_a_part_of_a_prepared_model_keeps_its_names():
+    prepared = prepared_case("gpt")
+    whole = by_site(qgraph.inspect(prepared))
+    part = qgraph.inspect(prepared.blocks[1]["attn"])
+    assert part.title.startswith("blocks.1.attn (Attention) of GPT: prepared with")
+    assert [row.site for row in part.layers] == ["blocks.1.attn.qkv.weight", "blocks.1.attn.proj.weight"]
+    assert all(row == whole[row.site] for row in part.layers)
+    assert [item.name for item in part.floats] == ["blocks.1.attn.qkv.bias", "blocks.1.attn.proj.bias"]
+    assert set(part.graphs) == {"blocks.1.attn", "blocks.1.attn.qkv", "blocks.1.attn.proj"}
+    assert "blocks.1.attn:q" in part.to_networkx()
+    (head,) = qgraph.inspect(prepared.head).layers
+    assert head.name == "wte.weight" and head.error_db == whole["wte.weight"].error_db
+
+
+def test_wrappers_are_looked_into():
+    prepared = prepared_case("twice")
+    expected = qgraph.inspect(prepared).to_json()
+    for wrapped in (nn.Sequential(prepared), nn.DataParallel(prepared), torch.compile(prepared, backend="eager")):
+        assert qgraph.inspect(wrapped).to_json() == expected
+    pair = nn.ModuleDict({"g": prepared, "d": prepared_case("twice")})
+    with pytest.raises(qgraph.InspectError, match="ModuleDict holds 2 prepared models, at g, d"):
+        qgraph.inspect(pair)
+
+
 # -- eager ---------------------------------------------------------------------------------------------------
 
 
