@@ -5,9 +5,12 @@ The same rules (`qgraph.sites`, `qgraph.placement`) decide here and in the passe
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from qgraph.capture.calls import transformed
 from qgraph.capture.source import locate
@@ -89,7 +92,8 @@ class OperandTracker:
             return args, kwargs
         for placed in site.weights:
             weight = placed.operand.get(args, kwargs)
-            args, kwargs = placed.operand.put(args, kwargs, self._quantized_weight(placed, weight))
+            with _outside_transforms(weight):
+                args, kwargs = placed.operand.put(args, kwargs, self._quantized_weight(placed, weight))
         for placed in site.inputs:
             quantizer = self.owner.activation(placed, call)
             if quantizer is not None and (x := placed.operand.get(args, kwargs)) is not None:
@@ -133,6 +137,13 @@ class OperandTracker:
 def _quantized(quantizer: Any, x: Tensor) -> Tensor:
     """An activation, quantized; inside vmap the values of one group may lie across its batch: left float there."""
     return x if transformed() else quantizer(x)
+
+
+def _outside_transforms(weight: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A weight that is the same for the whole batch of a vmap is quantized outside of it."""
+    if not transformed() or torch._C._functorch.is_batchedtensor(weight):
+        return contextlib.nullcontext()
+    return temporarily_clear_interpreter_stack()
 
 
 def _tensors(values: Any) -> list[Tensor]:

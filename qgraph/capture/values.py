@@ -190,6 +190,26 @@ class _Traced:
         return self._calculate(operator.mul, left, right)
 
 
+class _Constant:
+    """What torch's C++ asks of a SymInt's node where a traced int reaches it past the recorder: the number, at once."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def guard_int(self, file: str, line: int) -> int: return self.value  # fmt: skip
+    def int_(self) -> int: return self.value  # fmt: skip
+    def maybe_as_int(self) -> int: return self.value  # fmt: skip
+    def constant_int(self) -> int: return self.value  # fmt: skip
+    def is_int(self) -> bool: return True  # fmt: skip
+    def is_float(self) -> bool: return False  # fmt: skip
+    def is_bool(self) -> bool: return False  # fmt: skip
+    def is_constant(self) -> bool: return True  # fmt: skip
+    def is_symbolic(self) -> bool: return False  # fmt: skip
+    def is_nested_int(self) -> bool: return False  # fmt: skip
+    def nested_int(self) -> None: return None  # fmt: skip
+    def has_hint(self) -> bool: return True  # fmt: skip
+
+
 class TracedInt(_Traced, torch.SymInt):
     """An int of the example with its expression. A SymInt to torch's argument parser, an int to `isinstance`."""
 
@@ -197,6 +217,10 @@ class TracedInt(_Traced, torch.SymInt):
 
     def __init__(self, value: int, expression: Expression, recorder: Recorder) -> None:
         self.value, self.expression, self.recorder = value, expression, recorder
+
+    @property
+    def node(self) -> _Constant:  # type: ignore[override]
+        return _Constant(self._specialize())
 
     def __index__(self): return self._specialize()  # fmt: skip
 
