@@ -83,8 +83,8 @@ class Layer:
     @property
     def site(self) -> str:
         """The name that this row goes by: the weight's own, or for a tied one the place of its use."""
-        own = f"{self.path}.{self.name.rpartition('.')[2]}".lstrip(".")
-        return self.name if self.tied_to is None or own == self.tied_to else own
+        inside = not self.path or self.name.startswith(f"{self.path}.")
+        return self.name if self.tied_to is None or inside else f"{self.path}.{self.name.rpartition('.')[2]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; an error of inf is None with ``exact`` True."""

@@ -75,7 +75,8 @@ def _cells(layer: Layer) -> list[str]:
     shape = "x".join(map(str, layer.shape))
     tied = layer.tied_to is not None
     name = layer.site if layer.captured or layer.reason else f"{layer.site} *"
-    name = f"{layer.site} = {layer.tied_to}" if tied and layer.tied_to != layer.site else name
+    if tied:
+        name = f"{layer.site} again" if layer.tied_to == layer.site else f"{layer.site} = {layer.tied_to}"
     sizes = ["", ""] if tied else [f"{layer.bytes_before:,}", f"{layer.bytes_after:,}"]
     return [name, layer.op, shape, layer.spec, layer.groups, f"{layer.bits_per_weight:.2f}", *sizes]
 
@@ -110,7 +111,9 @@ def _total_lines(inspection: Inspection) -> list[str]:
             f"{totals.bits_per_weight:.3f} bits a weight"
         )
     else:
-        lines.append(f"{totals.layers} sites, {totals.weights:,} weights, none quantized")
+        lines.append(
+            f"{totals.layers} {'site' if totals.layers == 1 else 'sites'}, {totals.weights:,} weights, none quantized"
+        )
     if totals.weights_quantized:
         lines.append(
             f"left float {totals.float_bytes:,} bytes; whole model {totals.model_bytes_before:,} -> "

@@ -118,6 +118,31 @@ def test_exact_weights_are_said_to_be_so():
     assert (found.to_dict()["layers"][0]["error_db"], found.to_dict()["layers"][0]["exact"]) == (None, True)
 
 
+class Listed(nn.Module):
+    """Weights in a list, one of them used in two ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.ws = nn.ParameterList([nn.Parameter(torch.randn(4, 4)) for _ in range(2)])
+
+    def forward(self, x):
+        for w in self.ws:
+            x = x @ w
+        return torch.einsum("bi,ij->bj", x, self.ws[0])
+
+
+def test_a_weight_used_in_two_ways_has_a_row_each_and_is_counted_once():
+    torch.manual_seed(0)
+    found = qgraph.inspect(qgraph.prepare(Listed(), "W4", (torch.ones(2, 4),)))
+    rows = [(row.site, row.op, row.tied_to) for row in found.layers]
+    assert sorted(rows, key=str) == [
+        ("ws.0", "einsum", "ws.0"),
+        ("ws.0", "matmul", None),
+        ("ws.1", "matmul", None),
+    ]
+    assert found.totals.weights == 32 and "ws.0 again" in str(found)
+
+
 # -- what stays float ----------------------------------------------------------------------------------------
 
 
