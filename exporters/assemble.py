@@ -30,7 +30,7 @@ def assemble(
 ) -> ExportReport:
     """The report of a lowered graph, sizes of the file and verification left open."""
     layers = [_weight_layer(record, lowered, collected) for record in lowered.weights.values()]
-    layers += _activation_layers(lowered, collected, {layer.path for layer in layers})
+    layers += _activation_layers(lowered, collected)
     leftovers = _leftovers(model, file, lowered, set(own))
     records = [record for record in lowered.weights.values() if record.shared_with is None]
     packed_bytes = sum(record.packed.nbytes for record in records)
@@ -53,8 +53,7 @@ def describe(report: ExportReport, *, file_bytes: int, verified: Verified | None
     if verified is None:
         return dataclasses.replace(report, file_bytes=file_bytes)
     layers = tuple(
-        dataclasses.replace(layer, max_difference=_difference(layer, verified.differences))
-        for layer in report.layers
+        dataclasses.replace(layer, max_difference=_difference(layer, verified.differences)) for layer in report.layers
     )
     return dataclasses.replace(
         report,
@@ -75,7 +74,7 @@ def _weight_layer(record: WeightRecord, lowered: Lowered, collected: Collected) 
     path, _, operand = record.site.rpartition(".")
     packed = record.packed
     sparsity = collected.sparsity.get(record.site)
-    activation = _activation_of(path, operand, collected)
+    activation = _activation_of(record.site, collected)
     notes = list(dict.fromkeys(record.notes))
     if activation is not None and activation.bits < 8:
         notes.append(f"{activation.bits:g}-bit activations run no faster than float in onnxruntime")
@@ -96,20 +95,31 @@ def _weight_layer(record: WeightRecord, lowered: Lowered, collected: Collected) 
     )
 
 
-def _activation_of(path: str, operand: str, collected: Collected) -> Any:
-    """The activation quantizer of the same module, where there is just one."""
-    forms = [form for site, form in collected.activations.items() if site.rpartition(".")[0] == path]
+def _activation_of(site: str, collected: Collected) -> Any:
+    """The activation quantizer at the operation of a weight, where there is just one."""
+    forms = [form for other, form in collected.activations.items() if _belongs(other, site)]
     return forms[0].spec if len(forms) == 1 else None
 
 
-def _activation_layers(lowered: Lowered, collected: Collected, covered: set[str]) -> list[LayerReport]:
-    """Sites that have no weight: products of two activations, or several quantizers in one module."""
+def _belongs(activation: str, weight: str) -> bool:
+    """``fc.input`` and ``fc.weight.input`` go with ``fc.weight``; ``head.emb.weight.input`` with ``emb.weight``."""
+    owner = activation.rpartition(".")[0]
+    return owner in (weight, weight.rpartition(".")[0]) or owner.endswith(f".{weight}")
+
+
+def _activation_layers(lowered: Lowered, collected: Collected) -> list[LayerReport]:
+    """Quantizers that no row of a weight shows: products of two activations, or several at one operation."""
+    shown = {
+        activation
+        for weight in lowered.weights
+        for activation in collected.activations
+        if _belongs(activation, weight) and _activation_of(weight, collected) is not None
+    }
     rows: dict[str, LayerReport] = {}
     for record in lowered.activations:
-        path, _, operand = record.site.rpartition(".")
-        alone = sum(site.rpartition(".")[0] == path for site in collected.activations) == 1
-        if path in covered and alone:
+        if record.site in shown:
             continue
+        path, _, operand = record.site.rpartition(".")
         form = collected.activations[record.site]
         rows[record.site] = LayerReport(
             path=path,

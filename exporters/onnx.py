@@ -101,7 +101,7 @@ def _plans(job: Job, dynamic_shapes: Any) -> Iterator[ShapePlan]:
         return run_eagerly(job.flat, other)
 
     if dynamic_shapes is None:
-        return candidate_plans(tensors, run)
+        return candidate_plans(tensors, job.flat.inputs.names, run)
     return iter([given_plan(job.flat.inputs, dynamic_shapes, run)])
 
 

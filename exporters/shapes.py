@@ -51,13 +51,17 @@ class ShapePlan:
         return {name: _dim(name, limits.get(name, {})) for name in names}
 
 
-def candidate_plans(tensors: Sequence[Tensor], run: Run) -> Iterator[ShapePlan]:
+def candidate_plans(tensors: Sequence[Tensor], names: Sequence[str], run: Run) -> Iterator[ShapePlan]:
     """Plans from most to least dynamic; each one but the last is a plan that torch itself can run."""
     batch = _batch_dims(tensors)
-    sequence = _sequence_dims(tensors)
+    if any(batch) and runnable(batch, tensors, run) is None:
+        batch = tuple({} for _ in tensors)
+    groups = _sequence_groups(tensors, names)
+    accepted = [group for group in groups if runnable(_merged(batch, group), tensors, run) is not None]
+    choices = [(batch, *accepted), *((batch, group) for group in accepted), (batch,)]
     seen: list[tuple[Dims, ...]] = []
-    for parts in ((batch, sequence), (batch,), (sequence,)):
-        dims = tuple(_merged(i, parts) for i in range(len(tensors)))
+    for parts in choices:
+        dims = _merged(*parts)
         if not any(dims) or dims in seen:
             continue
         seen.append(dims)
@@ -125,9 +129,7 @@ def given_plan(inputs: FlatInputs, dynamic_shapes: Any, run: Run) -> ShapePlan:
 
 def tracing_example(plan: ShapePlan, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The example to trace with: torch.export takes a size of 0 or 1 for a constant, so not that one."""
-    small = any(
-        tensor.shape[dim] < 2 for tensor, dims in zip(tensors, plan.dims, strict=True) for dim in dims
-    )
+    small = any(tensor.shape[dim] < 2 for tensor, dims in zip(tensors, plan.dims, strict=True) for dim in dims)
     return plan.second if small and plan.second is not None else tensors
 
 
@@ -143,19 +145,28 @@ def _batch_dims(tensors: Sequence[Tensor]) -> tuple[Dims, ...]:
     return tuple(found)
 
 
-def _sequence_dims(tensors: Sequence[Tensor]) -> tuple[Dims, ...]:
+def _sequence_groups(tensors: Sequence[Tensor], names: Sequence[str]) -> list[tuple[Dims, ...]]:
+    """Dimension 1 of token ids and of (batch, sequence, features); equal sizes go together."""
+
     def could_be(tensor: Tensor) -> bool:
         return tensor.dim() == 3 if tensor.is_floating_point() else tensor.dim() == 2
 
-    size = next((tensor.shape[1] for tensor in tensors if could_be(tensor)), None)
-    return tuple({1: "sequence"} if could_be(t) and t.shape[1] == size else {} for t in tensors)
+    sizes = dict.fromkeys(tensor.shape[1] for tensor in tensors if could_be(tensor))
+    groups = []
+    for number, size in enumerate(sizes):
+        members = [could_be(tensor) and tensor.shape[1] == size for tensor in tensors]
+        label = "sequence" if number == 0 else f"{names[members.index(True)]}_sequence"
+        groups.append(tuple({1: label} if member else {} for member in members))
+    return groups
 
 
-def _merged(index: int, parts: Sequence[tuple[Dims, ...]]) -> Dims:
-    merged: Dims = {}
+def _merged(*parts: tuple[Dims, ...]) -> tuple[Dims, ...]:
+    """All of them; where two name one dimension, the first."""
+    merged: tuple[Dims, ...] = tuple({} for _ in parts[0])
     for part in parts:
-        for dim, name in part[index].items():
-            merged.setdefault(dim, name)
+        for into, dims in zip(merged, part, strict=True):
+            for dim, name in dims.items():
+                into.setdefault(dim, name)
     return merged
 
 
@@ -216,8 +227,7 @@ def _read_dims(spec: Any, path: str, limits: dict[str, Any], rank: int) -> Dims:
             continue
         if not isinstance(dim, int) or not -rank <= dim < rank:
             raise ExportError(
-                f"dynamic_shapes: {path}: found dimension {dim!r}; expected an int below its rank {rank}; "
-                "correct it"
+                f"dynamic_shapes: {path}: found dimension {dim!r}; expected an int below its rank {rank}; correct it"
             )
         if isinstance(label, str):
             name = label

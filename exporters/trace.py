@@ -11,11 +11,8 @@ import contextlib
 import io
 import logging
 import math
-import re
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -26,16 +23,25 @@ from onnxscript.values import Opset
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from qgraph import modules
 from qgraph.errors import ExportError
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.shapes import ShapePlan
 from qgraph.exporters.signature import FlatModel
+from qgraph.exporters.where import chain, user_line
 from qgraph.modules import exporting
 
 DOMAIN = "qgraph"
 MINIMUM_OPSET = 18  # the lowest that torch's exporter writes; LayerNormalization is there from 17 on
 DEFAULT_OPSET = 20
+GENERAL_HINT = "see the chained error, and try dynamic_shapes={} for a static file"
+HINTS = {  # what a known failure says -> what helps
+    "mat_a.dtype": "set model.config._experts_implementation = 'batched_mm' before prepare (grouped "
+    "products of experts)",
+    "grouped_mm": "set model.config._experts_implementation = 'batched_mm' before prepare (grouped products "
+    "of experts)",
+    "batch_sizes": "a packed sequence has no form in ONNX: pass the padded tensor to the recurrent layer",
+    "_packed_sequence": "a packed sequence has no form in ONNX: pass the padded tensor to the recurrent layer",
+}
 CHATTY = (
     "torch.onnx",
     "torch.export",
@@ -122,28 +128,17 @@ def explain(error: BaseException, model_name: str) -> ExportError:
             "torch.cond, keep a static form (masks instead of selected rows), or leave that part out of "
             "what is exported"
         )
+    advice = next((text for mark, text in HINTS.items() if any(mark in str(e) for e in chain(error))), GENERAL_HINT)
     return ExportError(
         f"export of {model_name}{at}: torch.export or torch.onnx failed with {type(error).__name__}: "
         f"{_first_line(text)}; expected a model "
-        "that torch.onnx.export(dynamo=True) takes; see the chained error, and try dynamic_shapes={} for a "
-        "static file"
+        f"that torch.onnx.export(dynamo=True) takes; {advice}"
     )
 
 
 def is_data_dependent(error: BaseException) -> bool:
     """Whether a value of a tensor decided the path or a size; no choice of dynamic sizes helps then."""
-    return any("DataDependent" in type(e).__name__ or "data-dependent" in str(e) for e in _chain(error))
-
-
-def user_line(error: BaseException) -> str | None:
-    """``file:line (function)`` of the innermost frame that is neither torch's nor ours."""
-    for exception in reversed(list(_chain(error))):
-        recorded = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', str(exception))
-        frames = [(f.filename, f.lineno, f.name) for f in traceback.extract_tb(exception.__traceback__)]
-        for filename, line, function in [*reversed(recorded), *reversed(frames)]:
-            if _is_user_file(filename):
-                return f"{filename}:{line} (in {function})"
-    return None
+    return any("DataDependent" in type(e).__name__ or "data-dependent" in str(e) for e in chain(error))
 
 
 class WrittenOut(TorchFunctionMode):
@@ -240,33 +235,13 @@ def quiet() -> Iterator[None]:
 
 
 def _attention_trouble(error: BaseException) -> bool:
-    text = " ".join(str(e) for e in _chain(error))
+    text = " ".join(str(e) for e in chain(error))
     return "Cannot view a tensor" in text or ("is_causal" in text and "SymBool" in text)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _innermost(error: BaseException, name: str) -> BaseException | None:
-    return next((e for e in _chain(error) if name in type(e).__name__), None)
+    return next((e for e in chain(error) if name in type(e).__name__), None)
 
 
 def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "no message")[:300]
-
-
-def _is_user_file(filename: str) -> bool:
-    path = filename.replace("\\", "/")
-    if path.startswith("<") or "/site-packages/" in path or "/lib/python" in path:
-        return False
-    return path not in _own_files()
-
-
-def _own_files() -> frozenset[str]:
-    roots = {Path(__file__).resolve().parent, Path(modules.__file__).resolve().parent}
-    return frozenset(str(file) for root in roots for file in root.rglob("*.py"))

@@ -99,9 +99,7 @@ def lsq_linear(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | No
     return m.mul(_linear_round(m, m.div(x, scale), spec), scale)
 
 
-RECIPES: dict[
-    tuple[str, str | None], Callable[[GroupMath, ir.Value, QuantSpec, np.ndarray | None], ir.Value]
-] = {
+RECIPES: dict[tuple[str, str | None], Callable[[GroupMath, ir.Value, QuantSpec, np.ndarray | None], ir.Value]] = {
     ("ddt", "affine"): ddt_affine,
     ("ddt", "linear"): ddt_linear,
     ("ste", "affine"): ste_affine,
@@ -164,11 +162,7 @@ def reference(x: np.ndarray, spec: QuantSpec, step: float | None = None) -> np.n
         scale = np.abs(x).mean() if spec.bits < 2 else np.abs(x).max() / spec.levels[1]
     scale = scale if scale >= TINY else 1.0
     f = (x - low) / scale
-    q = (
-        np.where(f >= 0, 1.0, -1.0)
-        if (spec.bits, spec.scheme) == (1, "linear")
-        else np.clip(np.round(f), *spec.levels)
-    )
+    q = np.where(f >= 0, 1.0, -1.0) if (spec.bits, spec.scheme) == (1, "linear") else np.clip(np.round(f), *spec.levels)
     if spec.method != "ddt":
         return low + scale * q
     centre_q, centre_x = (q.mean(), x.mean()) if spec.scheme == "affine" else (0.0, 0.0)

@@ -23,12 +23,12 @@ from qgraph.exporters.lowering.linear import (
     emit_kernel,
     has_zero_points,
 )
+from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation_of, uses_of
 from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
 from qgraph.modules import ActivationForm, Collected
 from qgraph.ops import Quantized
 
 DOMAIN = "qgraph"
-LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Concat", "Gather", "Cast", "Identity")
 
 
 @dataclass(slots=True)
@@ -61,18 +61,7 @@ class Lowered:
     nodes: list[ir.Node]  # all that were added
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
-    """One use of a weight: the node, and through it the operand and the kind of product."""
-
-    weight: ir.Value
-    node: ir.Node
-    index: int
-
-
-def lower(
-    model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value] | None = None
-) -> Lowered:
+def lower(model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value] | None = None) -> Lowered:
     """Lower a traced graph in place.
 
     Parameters
@@ -96,9 +85,7 @@ def lower(
 class _Lowering:
     """State of one run: the builder, what is packed, and caches of values that several uses share."""
 
-    def __init__(
-        self, model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value]
-    ) -> None:
+    def __init__(self, model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value]) -> None:
         self.follow = follow
         self.graph = model.graph
         self.collected = collected
@@ -129,12 +116,12 @@ class _Lowering:
 
     def _weight(self, node: ir.Node) -> None:
         record = self._record(_site(node))
-        for use in list(_uses(node.outputs[0])):
+        for use in list(uses_of(node.outputs[0])):
             plan = self._plan(use, record)
             if plan is None:
                 continue
             plan()
-        if any(True for _ in _real_uses(node.outputs[0])):
+        if any(use.node.op_type != "Shape" for use in _real_uses(node.outputs[0])):
             self._unpacked(node, record)
 
     def _find_gathered(self) -> None:
@@ -145,7 +132,7 @@ class _Lowering:
             if (
                 node.domain == DOMAIN
                 and node.op_type == "Weight"
-                and any(_is_gather(u) for u in _uses(node.outputs[0]))
+                and any(is_gather(u) for u in uses_of(node.outputs[0]))
             ):
                 self.gathered.add(_digest(self._quantized(_site(node))))
 
@@ -171,6 +158,8 @@ class _Lowering:
 
     def _plan(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
         for match in USES.values():
+            if use.node.graph is not self.graph and match is not _Lowering.shape:
+                continue  # in the body of a loop: it sees the unpacked weight from outside
             plan = match(self, use, record)
             if plan is not None:
                 return plan
@@ -178,7 +167,7 @@ class _Lowering:
 
     def _unpacked(self, node: ir.Node, record: WeightRecord) -> None:
         out = node.outputs[0]
-        consumers = sorted({_operation(use.node) for use in _real_uses(out)})
+        consumers = sorted({operation_of(use.node) for use in _real_uses(out)})
         name = record.shared_with or record.site
         if name not in self.floats:
             with self.b.before(node):
@@ -222,7 +211,7 @@ class _Lowering:
         node = use.node
         indices = node.inputs[1] if len(node.inputs) > 1 else None
         packed = record.packed
-        if not _is_gather(use) or indices is None or len(packed.shape) != 2 or packed.rows != packed.shape:
+        if not is_gather(use) or indices is None or len(packed.shape) != 2 or packed.rows != packed.shape:
             return None
 
         def emit() -> None:
@@ -234,18 +223,27 @@ class _Lowering:
 
         return emit
 
+    def shape(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
+        """Shape of a weight: known, so nothing is unpacked for it."""
+        node = use.node
+        if node.op_type != "Shape" or node.inputs[0] is not use.weight:
+            return None
+        bounds = [node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end")]
+
+        def emit() -> None:
+            self._replace(node.outputs[0], self.b.ints(record.packed.shape[slice(*bounds)]))
+            self._remove(node)
+
+        return emit
+
     def kernel(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
         """MatMulNBits."""
-        product = _product(use, record.packed)
+        product = as_product(use, record.packed.shape)
         if product is None or self.target != "ort":
             return None
         node, x, axis, bias = product
         maker = x.producer()
-        site = (
-            _site(maker)
-            if maker is not None and maker.domain == DOMAIN and maker.op_type == "Activation"
-            else None
-        )
+        site = _site(maker) if maker is not None and maker.domain == DOMAIN and maker.op_type == "Activation" else None
         form = self._form(site) if site is not None else None
         if node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
             record.notes.append(f"plain {node.op_type}: the model computes in {node.outputs[0].dtype}")
@@ -270,11 +268,7 @@ class _Lowering:
         if not has_zero_points(packed):
             return None
         groups = packed.groups
-        block = (
-            None
-            if groups.kind == "tensor" or groups.block is None or groups.block >= inputs
-            else groups.block
-        )
+        block = None if groups.kind == "tensor" or groups.block is None or groups.block >= inputs else groups.block
         key = (id(x), block)
         if key not in self.sums:
             rank = len(x.shape) if x.shape is not None else 2
@@ -302,69 +296,29 @@ class _Lowering:
         out = node.outputs[0]
         y.shape, y.type = out.shape, out.type
         self._replace(out, y)
-        self.graph.remove(node, safe=True)
+        self._remove(node)
+
+    def _remove(self, node: ir.Node) -> None:
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
 
 
 Match = Callable[[_Lowering, Use, WeightRecord], Callable[[], None] | None]
-USES: Mapping[str, Match] = {"rows": _Lowering.rows, "kernel": _Lowering.kernel}
-
-
-def _product(use: Use, packed: PackedWeight) -> tuple[ir.Node, ir.Value, int, ir.Value | None] | None:
-    """A use as a product of x with the weight matrix: (node, x, axis of the weight's outputs, bias)."""
-    node = use.node
-    if len(packed.shape) != 2 or use.index != 1:
-        return None
-    direct = node.inputs[1] is use.weight
-    x = node.inputs[0]
-    if x is None:
-        return None
-    if node.op_type == "MatMul":
-        return node, x, (1 if direct else 0), None
-    if node.op_type == "Gemm":
-        flags = {
-            key: node.attributes[key].value
-            for key in ("alpha", "beta", "transA", "transB")
-            if key in node.attributes
-        }
-        if flags.get("transA", 0) or flags.get("alpha", 1.0) != 1.0 or flags.get("beta", 1.0) != 1.0:
-            return None
-        transposed = bool(flags.get("transB", 0)) == direct
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        return node, x, (0 if transposed else 1), bias
-    return None
-
-
-def _uses(value: ir.Value) -> Iterator[Use]:
-    """Uses of a weight, looking through a plain transpose."""
-    for node, index in list(value.uses()):
-        if node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]:
-            for inner, at in list(node.outputs[0].uses()):
-                yield Use(value, inner, at)
-        else:
-            yield Use(value, node, index)
+USES: Mapping[str, Match] = {
+    "shape": _Lowering.shape,
+    "rows": _Lowering.rows,
+    "kernel": _Lowering.kernel,
+}
 
 
 def _real_uses(value: ir.Value) -> Iterator[Use]:
-    yield from _uses(value)
+    yield from uses_of(value)
     if value.is_graph_output():
         raise ExportError(
             f"export: a quantized weight ({value.name}) is itself an output of the model; expected outputs "
             "computed from it; return "
             "something else"
         )
-
-
-def _operation(node: ir.Node) -> str:
-    """The operation behind nodes that only lay a weight out anew."""
-    while node.op_type in LAYOUT and node.outputs[0].uses():
-        node = next(iter(node.outputs[0].uses()))[0]
-    return node.op_type
-
-
-def _is_gather(use: Use) -> bool:
-    axis = use.node.attributes.get("axis")
-    direct = use.index == 0 and use.node.inputs[0] is use.weight
-    return use.node.op_type == "Gather" and direct and (axis is None or axis.as_int() == 0)
 
 
 def _unknown(site: str) -> ExportError:

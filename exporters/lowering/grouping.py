@@ -106,8 +106,7 @@ def on_groups(b: GraphBuilder, x: ir.Value, groups: Groups, name: str, recipe: R
     """
     if x.shape is None:
         raise ExportError(
-            f"{name}: the rank of this activation is unknown; expected a tensor of fixed rank; report the "
-            "model"
+            f"{name}: the rank of this activation is unknown; expected a tensor of fixed rank; report the model"
         )
     rank = len(x.shape)
     if rank == 0 or (groups.kind == "channel" and rank == 1):
@@ -122,9 +121,7 @@ def on_groups(b: GraphBuilder, x: ir.Value, groups: Groups, name: str, recipe: R
     return _channel_blocks(b, x, axis, groups.block, name, recipe)
 
 
-def _channel_blocks(
-    b: GraphBuilder, x: ir.Value, axis: int, block: int, name: str, recipe: Recipe
-) -> ir.Value:
+def _channel_blocks(b: GraphBuilder, x: ir.Value, axis: int, block: int, name: str, recipe: Recipe) -> ir.Value:
     """Rows are the indices along `axis`: bring it to the front, flatten the rest, and back."""
     assert x.shape is not None
     order = [axis, *(i for i in range(len(x.shape)) if i != axis)]
@@ -134,11 +131,7 @@ def _channel_blocks(
     flat = b.op("Flatten", [moved], {"axis": 1}, name=f"{name}/flat")
     y = _blocks(b, flat, [None, length], block, name, recipe)
     y = b.op("Reshape", [y, b.op("Shape", [moved], name=f"{name}/shape")], name=f"{name}/unflat")
-    return (
-        y
-        if axis == 0
-        else b.op("Transpose", [y], {"perm": np.argsort(order).tolist()}, name=f"{name}/unrows")
-    )
+    return y if axis == 0 else b.op("Transpose", [y], {"perm": np.argsort(order).tolist()}, name=f"{name}/unrows")
 
 
 def _blocks(
@@ -158,9 +151,7 @@ def _blocks(
             b.slice(x, [full], [length], [-1], name=f"{name}/tail"),
         ]
     # 0 copies a dimension, so that batch and sequence stay dynamic
-    cut = b.op(
-        "Reshape", [parts[0], b.ints([0] * (len(shape) - 1) + [full // block, block])], name=f"{name}/blocks"
-    )
+    cut = b.op("Reshape", [parts[0], b.ints([0] * (len(shape) - 1) + [full // block, block])], name=f"{name}/blocks")
     y = recipe(GroupMath(b, name, [-1]), cut)
     y = b.op("Reshape", [y, b.ints([0] * (len(shape) - 1) + [full])], name=f"{name}/joined")
     if full == length:
@@ -169,9 +160,7 @@ def _blocks(
     return b.op("Concat", [y, tail], {"axis": -1}, name=f"{name}/concat")
 
 
-def _dynamic_blocks(
-    b: GraphBuilder, x: ir.Value, rank: int, block: int, name: str, recipe: Recipe
-) -> ir.Value:
+def _dynamic_blocks(b: GraphBuilder, x: ir.Value, rank: int, block: int, name: str, recipe: Recipe) -> ir.Value:
     """Pad with zeros to whole blocks, and leave the padding out of every reduction."""
 
     def op(kind: str, *inputs: ir.Value, **attrs: object) -> ir.Value:
@@ -186,9 +175,7 @@ def _dynamic_blocks(
     zero, one = (b.constant(np.asarray(value, np.int64), "int") for value in (0, 1))
     places = op("Range", zero, op("Squeeze", total, b.ints([0])), one)
     valid = op("Reshape", op("Less", places, length), b.ints([-1, block]))
-    count = b.op(
-        "ReduceSum", [b.cast(valid, ir.DataType.FLOAT), b.ints([-1])], {"keepdims": 1}, name=f"{name}/count"
-    )
+    count = b.op("ReduceSum", [b.cast(valid, ir.DataType.FLOAT), b.ints([-1])], {"keepdims": 1}, name=f"{name}/count")
     y = recipe(GroupMath(b, name, [-1], (valid, count)), cut)
     whole = op("Reshape", y, b.ints([0] * (rank - 1) + [-1]))
     return op("Slice", whole, b.ints([0]), length, b.ints([-1]))

@@ -7,7 +7,9 @@ Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx_
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,12 @@ from onnxscript import opset18 as op
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from qgraph.errors import ExportError
+from qgraph.exporters.where import is_user_file
+
 # torch's gate blocks in the order in which ONNX wants them: LSTM i f g o -> i o f c, GRU r z n -> z r h
 GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
+NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _FUNCTIONS: dict[Any, str] = {
     torch._VF.lstm: "LSTM",
     torch._VF.gru: "GRU",
@@ -61,28 +67,35 @@ def _recurrent_shapes(
 class RecurrentAsOperator(TorchFunctionMode):
     """While active, torch's recurrent functions call `qgraph::recurrent`.
 
-    Packed sequences and projections (`proj_size`) have no ONNX form and are left alone.
+    Packed sequences and projections (`proj_size`) have no form in ONNX and are refused.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = (
-            _FUNCTIONS.get(func)
-            if getattr(func, "__name__", "") in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-            else None
-        )
+        name = getattr(func, "__name__", "")
+        if name == "_pack_padded_sequence":
+            raise _no_form("a packed sequence", "pass the padded tensor to the recurrent layer")
+        kind = _FUNCTIONS.get(func) if name in NAMES else None
         if kind is None or kwargs or len(args) != 9 or not isinstance(args[2], list | tuple):
             return func(*args, **(kwargs or {}))
         x, state, weights, has_biases, num_layers, _, _, bidirectional, batch_first = args
         states = list(state) if kind == "LSTM" else [state]
         per_cell = 4 if has_biases else 2
-        if not isinstance(weights, list | tuple) or len(weights) != per_cell * num_layers * (
-            1 + bool(bidirectional)
-        ):
-            return func(*args)
+        if len(weights) != per_cell * num_layers * (1 + bool(bidirectional)):
+            raise _no_form("an LSTM with proj_size", "take an LSTM without it and a Linear after it")
         results = torch.ops.qgraph.recurrent(
             x, states, list(weights), kind, has_biases, num_layers, bidirectional, batch_first
         )
         return tuple(results)
+
+
+def _no_form(what: str, advice: str) -> ExportError:
+    frames = traceback.extract_stack()
+    entry = max((i for i, frame in enumerate(frames) if Path(frame.filename).name == "trace.py"), default=0)
+    inside = [f"{f.filename}:{f.lineno}" for f in frames[entry:] if is_user_file(f.filename)]
+    return ExportError(
+        f"export: {inside[-1] if inside else 'the model'} uses {what}, which has no form in ONNX; expected a recurrent "
+        f"layer on a padded tensor; {advice}"
+    )
 
 
 def translate(
@@ -112,9 +125,7 @@ def translate(
     return results + [op.Concat(*values, axis=0) if len(values) > 1 else values[0] for values in finals]
 
 
-def _layer(
-    x: Any, cells: list[list[Any]], initial: list[Any], kind: str, hidden: int
-) -> tuple[Any, list[Any]]:
+def _layer(x: Any, cells: list[list[Any]], initial: list[Any], kind: str, hidden: int) -> tuple[Any, list[Any]]:
     order = GATE_ORDER[kind]
     w = _stack([_gates(cell[0], order, hidden) for cell in cells])
     r = _stack([_gates(cell[1], order, hidden) for cell in cells])

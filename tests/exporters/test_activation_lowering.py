@@ -18,11 +18,7 @@ from qgraph.ops import Groups, fake_quantize
 SPECS = [
     *(QuantSpec(bits, granularity="token") for bits in range(1, 9)),
     *(QuantSpec(bits, "linear", "token") for bits in (1, 1.58, 2, 4, 8)),
-    *(
-        QuantSpec(bits, scheme, "token", method="ste")
-        for bits in (1, 4, 8)
-        for scheme in ("affine", "linear")
-    ),
+    *(QuantSpec(bits, scheme, "token", method="ste") for bits in (1, 4, 8) for scheme in ("affine", "linear")),
     *(QuantSpec(bits, "linear", "token", method="ste", scale="absmean") for bits in (1, 1.58, 4)),
     *(QuantSpec(bits, scheme, "tensor", method="lsq") for bits in (1, 4) for scheme in ("affine", "linear")),
     QuantSpec(2, granularity="token", lam=0.0),
@@ -72,9 +68,7 @@ def test_every_method_and_width(spec):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "spec", [QuantSpec(4), QuantSpec(1.58), QuantSpec(8, "linear", method="ste")], ids=str
-)
+@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(1.58), QuantSpec(8, "linear", method="ste")], ids=str)
 def test_every_layout(layout, spec):
     groups, shape, declared = LAYOUTS[layout]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.5

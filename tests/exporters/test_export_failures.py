@@ -136,9 +136,7 @@ class Deciding(nn.Module):
 def test_a_branch_on_data_names_the_users_line(tmp_path):
     net = qgraph.prepare(Deciding(), "W4", (X,))
     error = refuses(net, tmp_path / "m.onnx", (X,), match="torch.where")
-    line = next(
-        i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "the line that" in text
-    )
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "the line that" in text)
     assert f"{Path(__file__).name}:{line}" in str(error)
     assert left_in(tmp_path) == []
 

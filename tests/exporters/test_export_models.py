@@ -24,9 +24,7 @@ TOLERANCE = 1e-5
 
 
 def run(path, **feeds):
-    return ort.InferenceSession(str(path)).run(
-        None, {name: np.asarray(value) for name, value in feeds.items()}
-    )
+    return ort.InferenceSession(str(path)).run(None, {name: np.asarray(value) for name, value in feeds.items()})
 
 
 def differ(want, got):
@@ -41,7 +39,7 @@ DYNAMIC = {
     "recurrent": {"ids": [0, 1]},
     "gpt": {"ids": [0, 1]},
     "encoder": {"x": [0, 1]},
-    "cross_attention": {"x": [0, 1], "memory": [0]},
+    "cross_attention": {"x": [0, 1], "memory": [0, 1]},
     "functional": {"x": [0]},
     "structured": {"batch_ids": [0, 1]},
     "twice": {"x": [0]},
@@ -88,17 +86,13 @@ class Structures(nn.Module):
 def test_structures_become_named_tensors(tmp_path):
     torch.manual_seed(0)
     pair, options = Pair(torch.randn(3, 8)), {"shift": [torch.randn(8)], "other": 1}
-    net = qgraph.prepare(
-        Structures(), "W4", (pair, options), example_kwargs={"scale": torch.tensor(2.0)}
-    ).eval()
+    net = qgraph.prepare(Structures(), "W4", (pair, options), example_kwargs={"scale": torch.tensor(2.0)}).eval()
     kwargs = {"scale": torch.tensor(2.0), "flag": True}
     report = export(net, tmp_path / "m.onnx", (pair, options), example_kwargs=kwargs)
     assert report.inputs == ("pair_left", "options_shift_0", "scale")
     assert report.outputs == ("y", "pairs_0_left", "pairs_1_0")
     dropped = " ".join(report.dropped)
-    assert all(
-        text in dropped for text in ("nothing (NoneType)", "size (int)", "pairs_0_label (str)", "pairs_1_1")
-    )
+    assert all(text in dropped for text in ("nothing (NoneType)", "size (int)", "pairs_0_label (str)", "pairs_1_1"))
     left = torch.randn(5, 8)
     want = net(Pair(left), options, **kwargs)["y"]
     got = run(tmp_path / "m.onnx", pair_left=left, options_shift_0=options["shift"][0], scale=np.float32(2.0))
@@ -163,9 +157,7 @@ def test_dynamic_shapes_as_given(shapes, tmp_path):
     ids = torch.randint(0, 33, (2, 7))
     net = qgraph.prepare(GPT(), "W4", (ids,)).eval()
     report = export(net, tmp_path / "m.onnx", (ids,), dynamic_shapes=shapes)
-    count = (
-        len(next(iter(shapes.values()))) if isinstance(shapes, dict) and shapes else len(shapes and shapes[0])
-    )
+    count = len(next(iter(shapes.values()))) if isinstance(shapes, dict) and shapes else len(shapes and shapes[0])
     dims = onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim
     assert sum(bool(dim.dim_param) for dim in dims) == count
     assert len(report.verified) == (4 if count else 2)
@@ -208,9 +200,7 @@ def test_names_and_metadata(tmp_path):
         assert layer.path in nodes
     assert str(Path(__file__).parent) not in str(proto)  # no paths of this machine
     data = {item.key: item.value for item in proto.metadata_props}
-    assert data["qgraph.config"] == "A4W1" and len(json.loads(data["qgraph.layers"])["layers"]) == len(
-        report.layers
-    )
+    assert data["qgraph.config"] == "A4W1" and len(json.loads(data["qgraph.layers"])["layers"]) == len(report.layers)
 
 
 def test_the_report(tmp_path):

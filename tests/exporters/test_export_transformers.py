@@ -42,4 +42,4 @@ def test_transformers(make, config, tmp_path):
     linear = sum(isinstance(m, torch.nn.Linear | transformers.pytorch_utils.Conv1D) for m in model.modules())
     assert sum("Mul" in layer.op or "Gemm" in layer.op for layer in report.layers) == linear
     names = {tensor.name for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
-    assert not any(name.endswith("_proj.weight") or name.endswith("dense.weight") for name in names)
+    assert not any(name.endswith(("_proj.weight", "dense.weight")) for name in names)
