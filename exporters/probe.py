@@ -50,9 +50,7 @@ class Probed:
             self.first = (name, f"{what} differs by {difference:.1e} of its largest value")
 
 
-def add_probe_outputs(
-    model: ir.Model, records: Sequence[ActivationRecord], layers: Mapping[str, ir.Value]
-) -> None:
+def add_probe_outputs(model: ir.Model, records: Sequence[ActivationRecord], layers: Mapping[str, ir.Value]) -> None:
     """Make intermediate values outputs of `model`, in place, behind its own."""
     graph = model.graph
     wanted = {value.name for record in records for value in (record.before, record.after)}
@@ -84,9 +82,7 @@ def probe(
     records, forms : where quantized activations are in the file, and what they compute
     layers : module path -> the value that is the module's output in the file
     """
-    feeds = {
-        name: tensor.detach().cpu().numpy() for name, tensor in zip(flat.inputs.names, tensors, strict=True)
-    }
+    feeds = {name: tensor.detach().cpu().numpy() for name, tensor in zip(flat.inputs.names, tensors, strict=True)}
     fetch = [value.name for value in session.get_outputs()]
     values = dict(feeds) | dict(zip(fetch, session.run(fetch, feeds), strict=True))
     found = Probed()
@@ -102,9 +98,7 @@ def probe(
         for path, value in layers.items():
             if value.name in values:
                 handles.append(
-                    flat.model.get_submodule(path).register_forward_hook(
-                        _Layer(path, values[value.name], found)
-                    )
+                    flat.model.get_submodule(path).register_forward_hook(_Layer(path, values[value.name], found))
                 )
         found.forced = run_eagerly(flat, tensors)
     finally:
@@ -163,11 +157,7 @@ class _Layer:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) and output else output
-        if (
-            isinstance(tensor, Tensor)
-            and tuple(tensor.shape) == self.value.shape
-            and tensor.is_floating_point()
-        ):
+        if isinstance(tensor, Tensor) and tuple(tensor.shape) == self.value.shape and tensor.is_floating_point():
             difference = relative_difference(tensor.detach(), torch.from_numpy(self.value))
             self.found.note(self.path, difference, "its output")
 

@@ -20,8 +20,7 @@ from qgraph.config import QuantSpec
 from qgraph.errors import InspectError
 
 LAYERS, CONFIG, VERSION, TARGET, BITS, DYNAMIC, LEFTOVERS = (
-    f"qgraph.{key}"
-    for key in ("layers", "config", "version", "target", "bits_per_weight", "dynamic", "leftovers")
+    f"qgraph.{key}" for key in ("layers", "config", "version", "target", "bits_per_weight", "dynamic", "leftovers")
 )
 
 
@@ -145,18 +144,12 @@ class ExportReport:
         if self.max_difference is None:
             lines.append("not verified")
         else:
-            ties = (
-                f"; {self.flips} activation codes on a rounding tie went the other way" if self.flips else ""
-            )
-            lines.append(
-                f"largest difference from torch {self.max_difference:.1e} ({', '.join(self.verified)}){ties}"
-            )
+            ties = f"; {self.flips} activation codes on a rounding tie went the other way" if self.flips else ""
+            lines.append(f"largest difference from torch {self.max_difference:.1e} ({', '.join(self.verified)}){ties}")
         if self.leftovers:
             total = sum(item.bytes for item in self.leftovers)
             lines.append(f"left float: {len(self.leftovers)} tensors, {total:,} bytes")
-            lines += [
-                f"  {item.name}: {item.bytes:,} bytes, {item.reason}" for item in _largest(self.leftovers)
-            ]
+            lines += [f"  {item.name}: {item.bytes:,} bytes, {item.reason}" for item in _largest(self.leftovers)]
         if self.dropped:
             lines.append("outputs that are no tensors, left out: " + ", ".join(self.dropped))
         lines += [f"note: {note}" for note in self.notes]
@@ -223,21 +216,16 @@ def read_report(path: str | Path) -> ExportReport:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise InspectError(
-            f"{path}: not an ONNX file ({error}); expected one written by qgraph.export"
-        ) from error
+        raise InspectError(f"{path}: not an ONNX file ({error}); expected one written by qgraph.export") from error
     found = {item.key: item.value for item in model.metadata_props}
     if LAYERS not in found:
         raise InspectError(
-            f"{path}: found no {LAYERS!r} in its metadata; expected a file written by qgraph.export; export "
-            "it again"
+            f"{path}: found no {LAYERS!r} in its metadata; expected a file written by qgraph.export; export it again"
         )
     content = json.loads(found[LAYERS])
     specs = [QuantSpec(**spec) for spec in content["specs"]]
     sizes = {item.name: _nbytes(item) for item in model.graph.initializer}
-    leftovers = tuple(
-        Leftover(name, sizes.get(name, 0), why) for name, why in json.loads(found[LEFTOVERS]).items()
-    )
+    leftovers = tuple(Leftover(name, sizes.get(name, 0), why) for name, why in json.loads(found[LEFTOVERS]).items())
     layers = tuple(_layer(row, specs) for row in content["layers"])
     data = path.with_name(f"{path.name}.data")
     return ExportReport(

@@ -38,9 +38,7 @@ class FlatInputs:
     kwargs: dict[str, Any]
 
 
-def flatten_inputs(
-    model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
-) -> FlatInputs:
+def flatten_inputs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> FlatInputs:
     """Take example arguments apart.
 
     Parameters
@@ -113,9 +111,7 @@ def flat_model(model: nn.Module, inputs: FlatInputs) -> FlatModel:
     return type("FlatModel", (FlatModel,), {"forward": scope["forward"]})(model, inputs)
 
 
-def flatten_outputs(
-    output: Any, taken: set[str]
-) -> tuple[tuple[Tensor, ...], tuple[str, ...], tuple[str, ...]]:
+def flatten_outputs(output: Any, taken: set[str]) -> tuple[tuple[Tensor, ...], tuple[str, ...], tuple[str, ...]]:
     """Take an output apart into (tensors, names, what was left out)."""
     tensors: list[Tensor] = []
     labels: list[str] = []

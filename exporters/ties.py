@@ -51,9 +51,7 @@ def explain(x: Tensor, y: Tensor, own: Tensor, form: ActivationForm) -> Explaine
         return Explained(0, 0, 0.0)
     groups = form.groups
     sizes = (
-        [None] * 2
-        if form.step is None
-        else [form.step.detach().double().abs().clamp_min(TINY).reshape(1, 1, 1)] * 2
+        [None] * 2 if form.step is None else [form.step.detach().double().abs().clamp_min(TINY).reshape(1, 1, 1)] * 2
     )
     flips = ties = 0
     rest = 0.0
@@ -91,11 +89,7 @@ def _positions(x: Tensor, spec: QuantSpec, size: Tensor | None) -> tuple[Tensor,
     elif spec.scale == "absmean":
         step = x.abs().mean(-1, keepdim=True) * absmean_factor(spec)
     else:
-        step = (
-            x.abs().mean(-1, keepdim=True)
-            if spec.bits < 2
-            else x.abs().amax(-1, keepdim=True) / spec.levels[1]
-        )
+        step = x.abs().mean(-1, keepdim=True) if spec.bits < 2 else x.abs().amax(-1, keepdim=True) / spec.levels[1]
     step = torch.where(step < TINY, 1.0, step)
     return (x - low) / step, step, low
 

@@ -38,8 +38,7 @@ def workspace(path: Path) -> Iterator[Path]:
         )
     if path.is_dir():
         raise ExportError(
-            f"export to {path}: that is a folder; expected the path of a file; add a file name such as "
-            "model.onnx"
+            f"export to {path}: that is a folder; expected the path of a file; add a file name such as model.onnx"
         )
     try:
         folder = Path(tempfile.mkdtemp(prefix=".qgraph-", dir=parent))
@@ -63,11 +62,7 @@ def save(model: ir.Model, path: Path) -> None:
     ExportError
         When the disk is full or the write fails.
     """
-    size = sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-    )
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     try:
         if size > EXTERNAL_ABOVE:
             ir.save(model, path, external_data=f"{path.name}.data")
@@ -126,6 +121,5 @@ def _failed(name: str, error: OSError) -> ExportError:
         else f"the write failed ({error.strerror or error})"
     )
     return ExportError(
-        f"export to {name}: {what}; nothing was changed, a file of that name is as it was; free space and "
-        "export again"
+        f"export to {name}: {what}; nothing was changed, a file of that name is as it was; free space and export again"
     )
