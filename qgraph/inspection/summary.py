@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qgraph.pipeline import Note
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Inspection:
     """What `inspect` found; `print` it.
 
@@ -59,7 +59,7 @@ class Inspection:
     remarks: tuple[str, ...] = ()
     file_bytes: int | None = None
     parameter_bytes: int | None = None
-    source: nn.Module | Path | None = dataclasses.field(default=None, repr=False)
+    source: nn.Module | Path | None = None
 
     @functools.cached_property
     def totals(self) -> Totals:
@@ -129,6 +129,9 @@ class Inspection:
         return render(self, width)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:  # what a notebook shows
         return self.text()
 
 

@@ -131,7 +131,8 @@ def _end_lines(inspection: Inspection) -> list[str]:
         return []
     ends = [f"{which} {layer.site} ({layer.spec})" for which, layer in
             (("first layer", inspection.first), ("last layer", inspection.last))]  # fmt: skip
-    return ["; ".join(ends)]
+    unknown = inspection.kind != "onnx" and not inspection.coverage.graphs
+    return ["; ".join(ends) + (", by their places in the model" if unknown else "")]
 
 
 def _reason_lines(inspection: Inspection) -> list[str]:

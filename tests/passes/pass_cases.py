@@ -197,6 +197,7 @@ def check_golden(name: str, text: str) -> None:
     """Compare with tests/golden/<name>.txt, or write it where the environment asks for it."""
     path = GOLDEN / f"{name}.txt"
     if os.environ.get(UPDATE):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert path.exists(), f"{path} is missing; write it with {UPDATE}=1 and read it"
     assert text == path.read_text(), f"differs from {path.name}; if that is meant, regenerate with {UPDATE}=1"

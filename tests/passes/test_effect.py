@@ -92,6 +92,14 @@ def test_sharing_quantizers_changes_no_value():
     assert torch.equal(run(each, passes, inputs)[0], run(shared, (*passes, ShareQuantizers()), inputs)[0])
 
 
+def test_an_open_site_breaks_the_promise_of_the_pass():
+    model = unprocessed(Transposed(), "W2", FLOATS())
+    variant, context = eval_graph(model)
+    assert QuantizeWeights().ensures(variant.graph, context) == "not quantized: w, w"
+    QuantizeWeights().run(variant.graph, context)
+    assert QuantizeWeights().ensures(variant.graph, context) is None
+
+
 def test_gradients_go_through_the_inserted_modules():
     inputs = FLOATS()
     model = unprocessed(Linear(), "A4W2-2:4", inputs)
