@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.modules import ActivationForm
-from qgraph.ops import quantize
+from qgraph.ops import quantize, scale_is_mean
 from qgraph.ops.ste import absmean_factor
 
 TIE = 1e-4  # in code steps: float32 computes a position in 0..255 to about 3e-5
@@ -89,9 +89,9 @@ def _positions(x: Tensor, spec: QuantSpec, size: Tensor | None) -> tuple[Tensor,
     elif spec.scale == "absmean":
         step = x.abs().mean(-1, keepdim=True) * absmean_factor(spec)
     else:
-        step = x.abs().mean(-1, keepdim=True) if spec.bits < 2 else x.abs().amax(-1, keepdim=True) / spec.levels[1]
-    step = torch.where(step < TINY, 1.0, step)
-    return (x - low) / step, step, low
+        size = x.abs()
+        step = size.mean(-1, keepdim=True) if scale_is_mean(spec) else size.amax(-1, keepdim=True) / spec.levels[1]
+    return (x - low) / torch.where(step < TINY, 1.0, step), step, low
 
 
 def _codes(f: Tensor, spec: QuantSpec) -> Tensor:

@@ -18,6 +18,7 @@ from qgraph.errors import ExportError
 from qgraph.exporters.lowering.builder import GraphBuilder
 from qgraph.exporters.lowering.grouping import GroupMath, on_groups
 from qgraph.modules import ActivationForm
+from qgraph.ops import scale_is_mean
 from qgraph.ops.ste import absmean_factor
 
 TINY = float(np.finfo(np.float32).tiny)
@@ -69,7 +70,7 @@ def ddt_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | No
 
 def ddt_linear(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
     """`a q`, a being the ridge regression of x on q."""
-    q = _linear_round(m, m.div(x, _linear_scale(m, x, spec)), spec)
+    q = _linear_round(m, m.div(x, _nonzero(m, _linear_scale(m, x, spec))), spec)
     return m.mul(q, _slope(m, x, q, spec))
 
 
@@ -80,9 +81,9 @@ def ste_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | No
 
 
 def ste_linear(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
-    """`step q`; with 8 bits what MatMulNBits does inside at accuracy level 4."""
+    """`step q`, 0 for a group of zeros whatever their codes; at 8 bits what MatMulNBits does at accuracy level 4."""
     scale = _linear_scale(m, x, spec)
-    return m.mul(_linear_round(m, m.div(x, scale), spec), scale)
+    return m.mul(_linear_round(m, m.div(x, _nonzero(m, scale)), spec), scale)
 
 
 def lsq_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
@@ -118,10 +119,10 @@ def _affine_codes(m: GroupMath, x: ir.Value, spec: QuantSpec) -> tuple[ir.Value,
 def _linear_scale(m: GroupMath, x: ir.Value, spec: QuantSpec) -> ir.Value:
     size = m.abs(x)
     if spec.scale == "absmean":
-        return _nonzero(m, m.mul(m.mean(size), m.scalar(absmean_factor(spec))))
-    if spec.bits < 2:  # qgraph.ops.codes.scale_is_mean says why
-        return _nonzero(m, m.mean(size))
-    return _nonzero(m, m.div(m.max(size), m.scalar(spec.levels[1])))
+        return m.mul(m.mean(size), m.scalar(absmean_factor(spec)))
+    if scale_is_mean(spec):
+        return m.mean(size)
+    return m.div(m.max(size), m.scalar(spec.levels[1]))
 
 
 def _linear_round(m: GroupMath, f: ir.Value, spec: QuantSpec) -> ir.Value:
@@ -159,9 +160,8 @@ def reference(x: np.ndarray, spec: QuantSpec, step: float | None = None) -> np.n
     elif spec.scale == "absmean":
         scale = np.abs(x).mean() * absmean_factor(spec)
     else:
-        scale = np.abs(x).mean() if spec.bits < 2 else np.abs(x).max() / spec.levels[1]
-    scale = scale if scale >= TINY else 1.0
-    f = (x - low) / scale
+        scale = np.abs(x).mean() if scale_is_mean(spec) else np.abs(x).max() / spec.levels[1]
+    f = (x - low) / (scale if scale >= TINY else 1.0)
     q = np.where(f >= 0, 1.0, -1.0) if (spec.bits, spec.scheme) == (1, "linear") else np.clip(np.round(f), *spec.levels)
     if spec.method != "ddt":
         return low + scale * q

@@ -10,6 +10,11 @@ pruning), bars for means over the group and `qc = q - mean q` (linear: `qc = q`)
     V = mean(qc^2) + lam,   a = mean(f qc) / V = (mean(qc^2) + mean(e qc)) / V,   k = 1 - a
     y = s a qc + mean x     (linear: without mean x)
 
+A constant group (max = min) gives y = x exactly if affine: all codes are equal, and the mean carries it. A linear
+scheme has no mean to carry it: the ridge shrinks a constant as it shrinks every group, `y = x E / (E + lam)` with
+`E = mean(q^2)`, 1% at one bit and 1e-6 at 8. It is exact for 0, or with lam = 0. No closed form with a ridge can
+do better without a jump where a group becomes constant. Gradients are finite throughout.
+
 Source: arXiv 2409.09245, restated in the project's ddt.md, whose `a` is `s a` here.
 """
 

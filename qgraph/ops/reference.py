@@ -88,8 +88,8 @@ def lsq(x: Tensor, step: Tensor, spec: QuantSpec, sparse: bool = False, shared: 
 
 
 def linear_step(x: Tensor, spec: QuantSpec, sparse: bool) -> Tensor:
-    """max|x| / qmax; for binary and ternary mean|x|, over the kept values of a sparse group."""
-    if spec.bits in (1, 1.58):
+    """max|x| / qmax; where the largest level is 1 mean|x|, over the kept values of a sparse group."""
+    if spec.levels[1] == 1:
         return mean_magnitude(x, sparse)
     return x.abs().max() / spec.levels[1]
 

@@ -27,7 +27,7 @@ from qgraph.ops.codes import (
 
 
 class StraightThrough(torch.autograd.Function):
-    """`s q + b` with the identity as gradient, also where ternary codes are clipped, as in BitNet b1.58."""
+    """`s q + b` with the identity as gradient, also where codes are clipped, as in BitNet b1.58."""
 
     @staticmethod
     def forward(x: Tensor, spec: QuantSpec, sparse: bool) -> Tensor:

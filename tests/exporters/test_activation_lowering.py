@@ -86,6 +86,21 @@ def test_constant_groups_and_zeros(spec):
     torch.testing.assert_close(y, fake_quantize(x, spec, Groups("token")), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", ["minmax", "absmean"])
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 8])
+def test_a_group_of_zeros_stays_zero(bits, scale):
+    """Binary codes have no 0: the step has to be 0. Divided by is a guarded step, multiplied by the true one."""
+    spec, x = QuantSpec(bits, "linear", "token", method="ste", scale=scale), torch.zeros(3, 8)
+    x[1] = torch.arange(8.0) - 3
+    form = ActivationForm(spec, Groups("token"))
+    y = run(form, x)
+    assert torch.equal(y[[0, 2]], torch.zeros(2, 8)) and y[1].abs().sum() > 0
+    torch.testing.assert_close(y, fake_quantize(x, spec, Groups("token")), rtol=1e-6, atol=1e-6)
+    assert explain(x, y, x, form).unexplained < 1e-6
+    assert (reference(x[0].numpy(), spec) == 0).all()
+    assert explain(x, y + 0.5, x, form).unexplained > 0.1
+
+
 def test_nan_is_not_hidden():
     x = torch.randn(3, 8)
     x[1, 2] = float("nan")

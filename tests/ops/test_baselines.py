@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qgraph.config import QuantSpec
-from qgraph.ops import Groups, fake_quantize, initial_step
+from qgraph.ops import Groups, fake_quantize, initial_step, scale_is_mean
 
 CHANNELS = Groups("channel")
 
@@ -100,6 +100,20 @@ def test_absmean_gradient_against_autograd(bits):
     torch.testing.assert_close(fake_quantize(x, spec, CHANNELS), y)
     torch.testing.assert_close(found, torch.autograd.grad(y, x, h)[0])
     assert not torch.allclose(found, h)
+
+
+@pytest.mark.parametrize(("method", "expected_decibels"), [("ddt", 6.7), ("ste", 5.8)])
+def test_two_linear_bits_are_ternary(method, expected_decibels):
+    """The levels are the same, so are scale, codes and gradient. Gaussian values; a scale of max|x| gives ddt 2.4."""
+    x, h = torch.randn(2, 4, 4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x.requires_grad_()
+    two, ternary = (QuantSpec(bits, "linear", method=method) for bits in (2, 1.58))
+    assert scale_is_mean(two) and not scale_is_mean(QuantSpec(3, "linear")) and not scale_is_mean(QuantSpec(1))
+    y, expected = (fake_quantize(x, spec, CHANNELS) for spec in (two, ternary))
+    assert torch.equal(y, expected)
+    assert torch.equal(*(torch.autograd.grad(out, x, h)[0] for out in (y, expected)))
+    decibels = 10 * torch.log10(x.square().mean() / (x - y).square().mean())
+    assert abs(decibels - expected_decibels) < 0.2
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(2, method="ste"), QuantSpec(1.58, method="ste")], ids=str)
