@@ -337,3 +337,22 @@ def test_coverage_counts_graphs_and_misses():
     found = coverage(prepared)
     assert (found.modules, found.captured, found.graphs) == (3, 3, 6)
     assert (found.sites, found.sites_quantized, found.guard_misses) == (2, 2, 0)
+
+
+def test_a_learned_step_of_a_weight_that_is_passed_to_a_child():
+    class Child(nn.Module):
+        def forward(self, x, w):
+            return F.linear(weight=w, input=x)
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.child = nn.Parameter(torch.randn(4, 16)), Child()
+
+        def forward(self, x):
+            return self.child(x, self.w)
+
+    prepared = qgraph.prepare(Parent(), qgraph.QConfig(qgraph.QuantSpec(4, "linear", method="lsq"), None, None), X)
+    assert [s.reason for s in sites(prepared)] == [None]
+    prepared(X).sum().backward()
+    assert all(p.grad is not None for p in prepared.parameters())

@@ -61,7 +61,7 @@ class OperandTracker:
     def follow(self, args: Any, kwargs: Any, result: Any, name: str) -> None:
         """Note the source of what a function returned."""
         tensors = _tensors((*args, *kwargs.values()))
-        swapped = bool(tensors) and isinstance(args[0], Tensor) and swaps_last_two(name, args, args[0].dim())
+        swapped = bool(args) and isinstance(args[0], Tensor) and swaps_last_two(name, args, args[0].dim())
         self._note(result, combine(name, [self.source(t) for t in tensors], swapped))
 
     def follow_child(self, module: nn.Module, path: str, args: Any, kwargs: Any, result: Any) -> None:

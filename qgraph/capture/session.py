@@ -88,7 +88,11 @@ class Session:
         new, self.new = self.new, []
         for module, variant in new:
             state: ModuleState = module.__dict__[STATE]
-            state.shared.pipeline.rewrite(state.owner(module), variant)
+            try:
+                state.shared.pipeline.rewrite(state.owner(module), variant)
+            except BaseException:
+                state.variants.remove(variant)
+                raise
 
     # -- what the patches report -------------------------------------------------------------------------------------
 
@@ -196,6 +200,8 @@ class Session:
     def _keep(self, recorder: Recorder, call: Call, attributes: dict[str, Any]) -> None:
         state = recorder.state
         with _install_lock:
+            # With the tensors at hand: a learned step starts from the weight, whichever way it came here.
+            recorder.operands.place_all()
             if recorder.recording:
                 variant = Variant(
                     call.names,
@@ -210,7 +216,6 @@ class Session:
                 if self.quantize:  # a second call in this very run must meet the rewritten graph
                     self.rewrite()
                 return
-            recorder.operands.place_all()
             for site, where, weights in recorder.operands.sites:
                 shapes = [tuple(weight.shape) for weight in weights]
                 state.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, shapes))

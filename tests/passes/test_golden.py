@@ -49,11 +49,7 @@ SITUATIONS = {
 }
 
 
-# Capture does not take a call whose tensors are all keywords yet.
-NAMES = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=False)) if name == "quantize-weights-keywords" else name
-    for name in SITUATIONS
-]
+NAMES = list(SITUATIONS)
 
 
 @pytest.mark.parametrize("name", NAMES)
