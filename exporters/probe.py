@@ -89,23 +89,44 @@ def probe(
     by_site: dict[str, list[ActivationRecord]] = defaultdict(list)
     for record in records:
         by_site[record.site].append(record)
-    handles = []
+    quantizers = [m for m in flat.modules() if isinstance(m, ActivationQuantizer) and m.site in by_site]
+    free = _undisturbed(flat, tensors, quantizers)
+    hooks: list[tuple[nn.Module, Any]] = [
+        (m, _Quantizer(m.site, by_site[m.site], values, forms[m.site], free[m.site], found)) for m in quantizers
+    ]
+    hooks += [
+        (flat.model.get_submodule(path), _Layer(path, values[value.name], found))
+        for path, value in layers.items()
+        if value.name in values
+    ]
+    found.forced = _run_hooked(flat, tensors, hooks)
+    found.outputs = [values[name] for name in fetch[: len(flat.output_names)]]
+    return found
+
+
+def _undisturbed(
+    flat: FlatModel, tensors: Sequence[Tensor], quantizers: Sequence[ActivationQuantizer]
+) -> dict[str, list[Tensor]]:
+    """What reaches each quantizer when torch runs on its own."""
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        assert isinstance(module, ActivationQuantizer)
+        seen[module.site].append(args[0].detach())
+
+    _run_hooked(flat, tensors, [(module, keep) for module in quantizers])
+    return seen
+
+
+def _run_hooked(
+    flat: FlatModel, tensors: Sequence[Tensor], hooks: Sequence[tuple[nn.Module, Any]]
+) -> tuple[Tensor, ...]:
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
-        for module in flat.modules():
-            if isinstance(module, ActivationQuantizer) and module.site in by_site:
-                hook = _Quantizer(module.site, by_site[module.site], values, forms[module.site], found)
-                handles.append(module.register_forward_hook(hook))
-        for path, value in layers.items():
-            if value.name in values:
-                handles.append(
-                    flat.model.get_submodule(path).register_forward_hook(_Layer(path, values[value.name], found))
-                )
-        found.forced = run_eagerly(flat, tensors)
+        return run_eagerly(flat, tensors)
     finally:
         for handle in handles:
             handle.remove()
-    found.outputs = [values[name] for name in fetch[: len(flat.output_names)]]
-    return found
 
 
 class _Quantizer:
@@ -117,9 +138,11 @@ class _Quantizer:
         records: list[ActivationRecord],
         values: dict[str, Any],
         form: ActivationForm,
+        free: list[Tensor],
         found: Probed,
     ) -> None:
-        self.site, self.records, self.values, self.form, self.found = site, records, values, form, found
+        self.site, self.records, self.values, self.form = site, records, values, form
+        self.free, self.found = free, found
         self.calls = 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -130,11 +153,16 @@ class _Quantizer:
         before = torch.from_numpy(self.values[record.before.name]).to(x.dtype)
         self.found.note(self.site, relative_difference(x, before), "the value that reaches this quantizer")
         after = torch.from_numpy(self.values[record.after.name]).to(x.dtype)
-        explained = explain(before, after, x, self.form)
+        explained = explain(before, after, self._own(x, before), self.form)
         self.found.flips += explained.flips
         self.found.ties += explained.ties
         self.found.note(self.site, explained.unexplained, "what this quantizer makes of its input")
         return after.to(output.dtype)
+
+    def _own(self, x: Tensor, before: Tensor) -> Tensor:
+        """torch's value to count flips against: that of its own run, up to the first flip that spread."""
+        own = self.free[self.calls - 1] if self.calls <= len(self.free) else x
+        return own if relative_difference(own, before) <= TOLERANCE else x
 
     def _record(self, x: Tensor) -> ActivationRecord | None:
         """The node of this call: a site that is called several times has several, in order."""
