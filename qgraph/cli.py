@@ -25,9 +25,7 @@ __all__ = ["main"]
 
 FAILED, WRONG = 2, 1
 FACTORY = "module:factory, a callable without arguments that returns a model, or (model, example_inputs)"
-INPUT = (
-    "an example input as SHAPE[:DTYPE], such as 1x3x32x32 or 2x16:int64; once for each argument of forward"
-)
+INPUT = "an example input as SHAPE[:DTYPE], such as 1x3x32x32 or 2x16:int64; once for each argument of forward"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,12 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     demo = _command(commands, "demo", _demo, "train, export and run two small models at six configs")
-    demo.add_argument(
-        "--out", type=Path, default=Path("qgraph-demo"), help="folder of the files (%(default)s)"
-    )
+    demo.add_argument("--out", type=Path, default=Path("qgraph-demo"), help="folder of the files (%(default)s)")
     demo.add_argument("--epochs", type=int, help="epochs of each training")
     demo.add_argument("--configs", nargs="+", metavar="CONFIG", help="notations, such as A4W1@32")
     demo.add_argument("--models", nargs="+", choices=("cnn", "transformer"), help="which models")
+
+    jobs = min(2, os.cpu_count() or 1)
+    demo.add_argument("--jobs", type=int, default=jobs, help="processes, one thread each (%(default)s)")
 
     inspect = _command(commands, "inspect", _inspect, "what is in a model or a file, layer by layer")
     inspect.add_argument("target", help=f"an .onnx file, or {FACTORY}")
@@ -90,9 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _takes_inputs(verify)
 
-    bench = _command(
-        commands, "bench", _bench, "size, load time and latency of files, in turns in one process"
-    )
+    bench = _command(commands, "bench", _bench, "size, load time and latency of files, in turns in one process")
     bench.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".onnx files; the first is 1.00x")
     bench.add_argument("--runs", type=int, default=100, help="timed runs of each (%(default)s)")
     bench.add_argument("--threads", type=int, default=1, help="threads of onnxruntime (%(default)s)")
@@ -133,13 +130,15 @@ def _demo(options: argparse.Namespace) -> int:
             options.configs or demo.CONFIGS,
             options.models or tuple(demo.MODELS),
             lambda what, share: progress.update(task, description=what, advance=share),
+            options.jobs,
         )
     if options.json:
         _print_json(result.to_dict())
     else:
         console = Console()
         console.print(result.table())
-        console.print(f"{result.seconds:.0f} s, {result.threads} threads; files in {options.out.resolve()}")
+        console.print("\n".join(result.notes()), style="dim", highlight=False)
+        console.print(f"{result.seconds:.0f} s; files in {options.out.resolve()}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -266,9 +265,7 @@ def _model(target: str, inputs: list[str], needs_example: bool = False) -> tuple
     if inputs:
         example = tuple(map(_example, inputs))
     if example is None and needs_example:
-        raise InspectError(
-            f"{target}: gives no example inputs; return (model, example_inputs), or pass --input."
-        )
+        raise InspectError(f"{target}: gives no example inputs; return (model, example_inputs), or pass --input.")
     return model, example
 
 

@@ -6,10 +6,11 @@ One recipe for everything, no tuning per config. What is printed is one `Row` a 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
 import qgraph
 from qgraph.errors import QGraphError
-from qgraph.runtime import compare_outputs, session_for, time_files
+from qgraph.runtime import ROUNDING, compare_outputs, session_for, time_files
+from qgraph.workers import Tell, run_jobs
 
 __all__ = ["CONFIGS", "DigitsCNN", "DigitsTransformer", "Recipe", "Result", "Row", "run"]
 
@@ -140,7 +143,7 @@ class Result:
 
     folder: str
     recipe: Recipe
-    threads: int
+    workers: int
     versions: dict[str, str]
     rows: list[Row] = field(default_factory=list)
     seconds: float = 0.0
@@ -151,25 +154,38 @@ class Result:
 
     def table(self) -> Table:
         """The rows as a rich table."""
-        table = Table(title="scikit-learn digits, one recipe for every row", title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, padding=0)
         for name in ("model", "config"):
-            table.add_column(name)
+            table.add_column(name, no_wrap=True)
         for name in (
             "accuracy\ntorch",
-            "accuracy\nonnxruntime",
-            "largest\ndifference",
-            "values\nflipped",
-            "bits per\nweight",
+            "accuracy\nORT",
+            "largest\ndiff.",
+            "flips",
+            "bits/\nweight",
             "file\nKB",
-            "latency\nms",
-            "speed\nto FP32",
+            "ORT\nms",
+            "speed",
         ):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for previous, row in zip([None, *self.rows], self.rows, strict=False):
             if previous is not None and previous.model != row.model:
                 table.add_section()
             table.add_row(*_cells(row))
         return table
+
+    def notes(self) -> list[str]:
+        """What the table's columns mean, in a few lines."""
+        images, outputs = self.rows[0].outputs // CLASSES, self.rows[0].outputs
+        return [
+            f"One recipe for every row, {images} test images. ORT: onnxruntime.",
+            "Largest diff.: between the outputs of both, relative to the largest output.",
+            f"Flips: outputs, of {outputs}, that differ by more than {ROUNDING:g}: an activation on",
+            "a rounding tie went the other way and took some outputs with it.",
+            "ORT ms: one image, one thread, median in turns; speed is that of FP32 over it.",
+            "Activations below 8 bits are rounded at run time, at a cost: stock onnxruntime",
+            "has no kernels for them. What such small models gain is size.",
+        ]
 
 
 def run(
@@ -177,7 +193,8 @@ def run(
     recipe: Recipe | None = None,
     configs: Sequence[str] = CONFIGS,
     models: Sequence[str] = tuple(MODELS),
-    advance: Callable[[str, float], None] = lambda what, share: None,
+    tell: Tell = lambda what, share: None,
+    workers: int = 1,
 ) -> Result:
     """Train, export and measure every model at every config.
 
@@ -189,31 +206,41 @@ def run(
     configs : sequence of str
         Notations; `FP32` is the model as it is, and comes first whatever the order.
     models : sequence of "cnn" and "transformer"
-    advance : callable (what, share)
+    tell : callable (what, share)
         Told what is being done and which share of the whole was finished since the last call.
+    workers : int
+        Processes that train and export, with one thread each; results do not depend on it. Times are
+        measured afterwards, in this process.
     """
     recipe = recipe or Recipe()
     started = time.perf_counter()
     for config in configs:
         if config != FULL_PRECISION:
             qgraph.QConfig.parse(config)  # a typo is told before the first training, not after it
+    _digits(recipe.seed)  # and so is a missing scikit-learn
     folder.mkdir(parents=True, exist_ok=True)
-    data = _digits(recipe.seed)
     configs = (FULL_PRECISION, *(config for config in configs if config != FULL_PRECISION))
-    share = 1 / (len(configs) * len(models))
-    result = Result(str(folder), recipe, torch.get_num_threads(), _versions())
-    for name in models:
-        made = []
-        for config in configs:
-            advance(f"{name} {config}", 0.0)
-            made.append(
-                _train_and_export(name, config, folder, recipe, data, lambda s, w: advance(w, s * share))
-            )
-        timings = time_files([row["file"] for row in made], recipe.latency_runs)
-        for row, timing in zip(made, timings, strict=True):
+    jobs = [_Job(name, config, str(folder), recipe) for name in models for config in configs]
+    made = run_jobs(_train_and_export, jobs, workers, lambda what, share: tell(what, share / len(jobs)))
+    result = Result(str(folder), recipe, workers, _versions())
+    for start in range(0, len(made), len(configs)):
+        rows = made[start : start + len(configs)]
+        timings = time_files([row["file"] for row in rows], recipe.latency_runs)
+        for row, timing in zip(rows, timings, strict=True):
             result.rows.append(Row(**row, latency_ms=timing.median_ms, speedup=timing.speedup))
     result.seconds = time.perf_counter() - started
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    model: str
+    config: str
+    folder: str
+    recipe: Recipe
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.config}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +256,7 @@ def _digits(seed: int) -> _Data:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise QGraphError(
-            "qgraph demo needs scikit-learn for its digits: pip install 'qgraph[demo]'."
-        ) from error
+        raise QGraphError("qgraph demo needs scikit-learn for its digits: pip install 'qgraph[demo]'.") from error
     digits = load_digits()
     images = (digits.images / PIXEL_MAX).astype(np.float32)[:, None]
     parts = train_test_split(images, digits.target, test_size=0.25, random_state=seed, stratify=digits.target)
@@ -239,23 +264,25 @@ def _digits(seed: int) -> _Data:
     return _Data(train_x, train_y, test_x, test_y)
 
 
-def _train_and_export(
-    name: str, config: str, folder: Path, recipe: Recipe, data: _Data, advance: Callable[[float, str], None]
-) -> dict[str, Any]:
+def _train_and_export(job: _Job, tell: Tell) -> dict[str, Any]:
     """Everything of a row but its latency."""
+    name, config, recipe = job.model, job.config, job.recipe
+    data = _digits(recipe.seed)
     torch.manual_seed(recipe.seed)
     model = MODELS[name]()
     parameters = sum(p.numel() for p in model.parameters())
     example = data.test_x[:2]
-    if config != FULL_PRECISION:
-        model = qgraph.prepare(model, config, (example,))
-    started = time.perf_counter()
-    _train(model, recipe, data, lambda: advance(0.8 / recipe.epochs, f"{name} {config}: training"))
-    trained = time.perf_counter()
-    path = folder / f"{name}-{config.replace(':', 'of')}.onnx"
-    bits = _export(model, config, path, example)
-    exported = time.perf_counter()
-    advance(0.2, f"{name} {config}: exported")
+    path = Path(job.folder) / f"{name}-{config.replace(':', 'of')}.onnx"
+    tell(f"{job}: training", 0.0)
+    with _one_thread():
+        if config != FULL_PRECISION:
+            model = qgraph.prepare(model, config, (example,))
+        started = time.perf_counter()
+        _train(model, recipe, data, lambda: tell(f"{job}: training", 0.8 / recipe.epochs))
+        trained = time.perf_counter()
+        bits = _export(model, config, path, example)
+        exported = time.perf_counter()
+    tell(f"{job}: exported", 0.2)
     with torch.no_grad():
         expected = model(data.test_x).numpy()
     session = session_for(path)
@@ -277,6 +304,17 @@ def _train_and_export(
         "export_seconds": exported - trained,
         "file": str(path),
     }
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models so small gain nothing from more, and results are then the same on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train(model: nn.Module, recipe: Recipe, data: _Data, after_epoch: Callable[[], None]) -> None:
@@ -340,9 +378,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.accuracy_torch:.1%}",
         f"{row.accuracy_onnxruntime:.1%}",
         f"{row.max_difference:.1e}",
-        f"{row.flipped} of {row.outputs}",
+        str(row.flipped),
         f"{row.bits_per_weight:.2f}",
-        f"{row.file_bytes / 1024:,.1f}",
+        f"{row.file_bytes / 1024:,.0f}",
         f"{row.latency_ms:.3f}",
         f"{row.speedup:.2f}x",
     )

@@ -10,14 +10,12 @@ from rich.console import Console
 
 from qgraph import demo
 from qgraph.cli import main
-from qgraph.errors import ConfigError
+from qgraph.errors import ConfigError, QGraphError
 
 SHORT = demo.Recipe(epochs=3, latency_runs=5)
 
 
-@pytest.mark.parametrize(
-    ("model", "config", "floor"), [("cnn", "A4W1-2:4", 0.85), ("transformer", "W1.58", 0.85)]
-)
+@pytest.mark.parametrize(("model", "config", "floor"), [("cnn", "A4W1-2:4", 0.85), ("transformer", "W1.58", 0.85)])
 def test_a_row_is_what_it_says(model: str, config: str, floor: float, tmp_path: Path) -> None:
     shares = []
     result = demo.run(tmp_path, SHORT, (config,), (model,), lambda what, share: shares.append(share))
@@ -48,11 +46,19 @@ def test_models_are_of_the_size_that_the_demo_is_about(name: str) -> None:
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
-def test_the_same_seed_gives_the_same_model(tmp_path: Path) -> None:
-    first, second = (
-        demo.run(tmp_path, demo.Recipe(epochs=1, latency_runs=1), ("W4",), ("cnn",)) for _ in range(2)
-    )
-    assert [row.accuracy_torch for row in first.rows] == [row.accuracy_torch for row in second.rows]
+def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+    recipe = demo.Recipe(epochs=1, latency_runs=1)
+    here, spread = (demo.run(tmp_path, recipe, ("W4",), ("cnn",), workers=workers) for workers in (1, 2))
+    assert [row.config for row in spread.rows] == ["FP32", "W4"]
+    assert [row.accuracy_torch for row in here.rows] == [row.accuracy_torch for row in spread.rows]
+    assert [row.max_difference for row in here.rows] == [row.max_difference for row in spread.rows]
+
+
+def test_an_error_in_a_worker_is_an_error_here(tmp_path: Path) -> None:
+    (tmp_path / "cnn-W4.onnx").mkdir()
+    recipe = demo.Recipe(epochs=1, latency_runs=1)
+    with pytest.raises(QGraphError, match=r"cnn-W4\.onnx"):
+        demo.run(tmp_path, recipe, ("W4",), ("cnn",), workers=2)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

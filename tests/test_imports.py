@@ -25,7 +25,7 @@ LAYERS = (
     {"passes"},
     {"prepare"},
     {"exporters"},
-    {"inspection", "checkpoint", "runtime"},
+    {"inspection", "checkpoint", "runtime", "workers"},
     {"demo"},
     {"cli"},
 )
@@ -88,16 +88,12 @@ def test_imports_point_down(name: str, path: Path) -> None:
         if deferred and (layer, below) in DEFERRED:
             continue
         if below in RANKS:
-            assert RANKS[below] <= RANKS[layer], (
-                f"{path}:{line}: {layer} imports {below}, which stands above it"
-            )
+            assert RANKS[below] <= RANKS[layer], f"{path}:{line}: {layer} imports {below}, which stands above it"
 
 
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     return set(done.stdout.split())
 
 
