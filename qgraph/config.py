@@ -43,9 +43,7 @@ class Rule:
         rules.check_match(self.match)
         config = QConfig.parse(self.config) if isinstance(self.config, str) else self.config
         if config is not None and not isinstance(config, QConfig):
-            raise ConfigError(
-                f"Rule: config is a QConfig, a notation or None, found {type(config).__name__}."
-            )
+            raise ConfigError(f"Rule: config is a QConfig, a notation or None, found {type(config).__name__}.")
         if config is not None and config.rules:
             raise ConfigError("Rule: the config of a rule has no rules of its own; put them in one list.")
         set_field(self, "config", None if config == QConfig() else config)
@@ -88,9 +86,7 @@ class QConfig:
         if self.weight is not None and self.weight.granularity == "token":
             raise ConfigError("QConfig: a weight has no tokens; its granularity is tensor, channel or block.")
         if self.activation is not None and self.activation.granularity == "channel":
-            raise ConfigError(
-                "QConfig: an activation's granularity is tensor, token or block, found 'channel'."
-            )
+            raise ConfigError("QConfig: an activation's granularity is tensor, token or block, found 'channel'.")
         if self.sparsity is not None and self.weight is not None and self.weight.scheme == "affine":
             raise ConfigError(
                 "QConfig: a pruned weight is exactly 0, which affine levels do not hold; "
@@ -127,14 +123,8 @@ class QConfig:
         if self == QConfig():
             return "float"
         spec = self.weight or self.activation
-        group = (
-            ""
-            if spec is None
-            else {"tensor": "@tensor", "block": f"@{spec.group_size}"}.get(spec.granularity, "")
-        )
-        bits = (f"A{self.activation.bits}" if self.activation else "") + (
-            f"W{self.weight.bits}" if self.weight else ""
-        )
+        group = "" if spec is None else {"tensor": "@tensor", "block": f"@{spec.group_size}"}.get(spec.granularity, "")
+        bits = (f"A{self.activation.bits}" if self.activation else "") + (f"W{self.weight.bits}" if self.weight else "")
         pruned = ("-" if bits else "") + str(self.sparsity) if self.sparsity else ""
         text = bits + pruned + group
         return text if QConfig.parse(text) == self else None
@@ -142,9 +132,7 @@ class QConfig:
     def __str__(self) -> str:
         plain = replace(self, rules=())
         text = plain.notation or ", ".join(
-            f"{name}: {value}"
-            for name in ("weight", "activation", "sparsity")
-            if (value := getattr(self, name))
+            f"{name}: {value}" for name in ("weight", "activation", "sparsity") if (value := getattr(self, name))
         )
         return f"{text} [{'; '.join(map(str, self.rules))}]" if self.rules else text
 
@@ -242,9 +230,7 @@ class QConfig:
             raise ConfigError(f"config: not YAML: {error}.") from error
 
 
-def _weight_spec(
-    bits: float | None, group: int | str | None, sparsity: SparsitySpec | None
-) -> QuantSpec | None:
+def _weight_spec(bits: float | None, group: int | str | None, sparsity: SparsitySpec | None) -> QuantSpec | None:
     if bits is None:
         return None
     scheme: Scheme | None = "linear" if sparsity is not None else None

@@ -65,8 +65,7 @@ def read_notation(text: str) -> Notation:
     if match is None or not stripped:
         raise ConfigError(typo(text, "this is not the notation"))
     activation, weight = (
-        None if match[letter.lower()] is None else _bits(text, letter, match[letter.lower()])
-        for letter in "AW"
+        None if match[letter.lower()] is None else _bits(text, letter, match[letter.lower()]) for letter in "AW"
     )
     if activation is None and weight is None and match["g"] is not None:
         raise ConfigError(typo(text, f"@{match['g']} groups what is quantized, and neither A nor W is given"))
@@ -82,9 +81,7 @@ def read_sparsity(text: str) -> dict[str, object]:
     """The fields of a `SparsitySpec` from `2:4`, `70%` or `70%[4x4]`; their ranges are not checked here."""
     stripped = text.strip()
     if not re.fullmatch(_SPARSITY, stripped):
-        raise ConfigError(
-            f"sparsity {text!r}: expected N:M such as 2:4, a percentage such as 70%, or 70%[4x4]."
-        )
+        raise ConfigError(f"sparsity {text!r}: expected N:M such as 2:4, a percentage such as 70%, or 70%[4x4].")
     if ":" in stripped:
         n, m = stripped.split(":")
         return {"kind": "n:m", "n": int(n), "m": int(m)}
@@ -147,9 +144,7 @@ def _repair(text: str) -> str | None:
         return None
     activation, weight, sparsity, group = (found[0] if found else "" for found in parts.values())
     group = (difflib.get_close_matches(group.lower(), GROUP_WORDS, n=1) or [group])[0]
-    bits = "".join(
-        letter + _nearest_bits(value) for letter, value in (("A", activation), ("W", weight)) if value
-    )
+    bits = "".join(letter + _nearest_bits(value) for letter, value in (("A", activation), ("W", weight)) if value)
     pruned = f"-{_nearest_sparsity(sparsity)}" if sparsity else ""
     grouped = f"@{group}" if group and bits and (group in GROUP_WORDS or group.strip("0").isdecimal()) else ""
     repaired = (bits + pruned).removeprefix("-" if not bits else "") + grouped

@@ -18,9 +18,7 @@ def check_match(match: Any) -> None:
     """Raise ConfigError for what is no glob, regular expression, module class or predicate."""
     is_class = isinstance(match, type)
     if is_class and not issubclass(match, nn.Module):
-        raise ConfigError(
-            f"Rule: {match.__name__} is a class, but not of modules; expected a subclass of nn.Module."
-        )
+        raise ConfigError(f"Rule: {match.__name__} is a class, but not of modules; expected a subclass of nn.Module.")
     if not is_class and not isinstance(match, str | re.Pattern) and not callable(match):
         raise ConfigError(
             f"Rule: match is a glob, a compiled regular expression, a module class or a predicate "
@@ -77,9 +75,7 @@ def match_to_data(match: Any) -> Any:
     if isinstance(match, type):
         name = f"{match.__module__}:{match.__qualname__}"
         if _find_class(name) is not match:
-            raise ConfigError(
-                f"rule {describe(match)}: {name} cannot be found again; move the class to module level."
-            )
+            raise ConfigError(f"rule {describe(match)}: {name} cannot be found again; move the class to module level.")
         return {"type": name}
     raise ConfigError(
         f"rule {describe(match)}: a predicate is code and has no text form; "

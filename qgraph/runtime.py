@@ -103,14 +103,10 @@ def feed_for(session: Any, sizes: Mapping[str, int] | None = None, seed: int = 0
     feed = {}
     for item in session.get_inputs():
         if item.type not in TYPES:
-            raise InspectError(
-                f"input {item.name}: cannot make up a {item.type}; expected one of {', '.join(TYPES)}."
-            )
+            raise InspectError(f"input {item.name}: cannot make up a {item.type}; expected one of {', '.join(TYPES)}.")
         shape = [size if isinstance(size, int) else (sizes or {}).get(size, 1) for size in item.shape]
         kind = np.dtype(TYPES[item.type])
-        feed[item.name] = (
-            generator.standard_normal(shape).astype(kind) if kind.kind == "f" else np.zeros(shape, kind)
-        )
+        feed[item.name] = generator.standard_normal(shape).astype(kind) if kind.kind == "f" else np.zeros(shape, kind)
     return feed
 
 
@@ -142,9 +138,7 @@ def time_files(
     ]
 
 
-def against_model(
-    path: str | Path, model: nn.Module, example_inputs: Any, **example_kwargs: Any
-) -> Comparison:
+def against_model(path: str | Path, model: nn.Module, example_inputs: Any, **example_kwargs: Any) -> Comparison:
     """Run a file and a model, in eval mode, on the same inputs.
 
     Raises

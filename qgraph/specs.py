@@ -143,9 +143,7 @@ class SparsitySpec:
             given = getattr(self, name) is not None
             if given != (name in wanted):
                 state = "does not take" if given else "needs"
-                raise ConfigError(
-                    f"SparsitySpec: kind={self.kind!r} {state} {name}; it takes {', '.join(wanted)}."
-                )
+                raise ConfigError(f"SparsitySpec: kind={self.kind!r} {state} {name}; it takes {', '.join(wanted)}.")
         if self.kind == "n:m":
             self._check_counts()
         else:
@@ -154,16 +152,12 @@ class SparsitySpec:
     def _check_counts(self) -> None:
         n, m = self.n, self.m
         if not (_is_int(n) and _is_int(m) and 1 <= n <= m <= notation.MAX_M):  # type: ignore[operator]
-            raise ConfigError(
-                f"sparsity {n}:{m}: N of every M weights are kept, so 1 <= N <= M <= {notation.MAX_M}."
-            )
+            raise ConfigError(f"sparsity {n}:{m}: N of every M weights are kept, so 1 <= N <= M <= {notation.MAX_M}.")
 
     def _check_ratio(self) -> None:
         if not _is_number(self.ratio) or not 0 < self.ratio < 1:  # type: ignore[operator]
             found = notation.format_percent(self.ratio) if _is_number(self.ratio) else repr(self.ratio)  # type: ignore[arg-type]
-            raise ConfigError(
-                f"sparsity {found}: the fraction that is pruned lies above 0 % and below 100 %."
-            )
+            raise ConfigError(f"sparsity {found}: the fraction that is pruned lies above 0 % and below 100 %.")
         if self.block_shape is None:
             return
         if isinstance(self.block_shape, list):
@@ -219,9 +213,7 @@ def checked_keys(what: str, data: Any, cls: type) -> dict[str, Any]:
     known = [field.name for field in fields(cls)]
     for key in data:
         if key not in known:
-            raise ConfigError(
-                f"{what}: unknown key {key!r}{near(str(key), known)}; the keys are {', '.join(known)}."
-            )
+            raise ConfigError(f"{what}: unknown key {key!r}{near(str(key), known)}; the keys are {', '.join(known)}.")
     for field in fields(cls):
         if field.default is MISSING and field.name not in data:
             raise ConfigError(f"{what}: {field.name} is missing; the keys are {', '.join(known)}.")

@@ -114,9 +114,7 @@ def test_another_config(tmp_path: Path) -> None:
 
 def test_another_architecture(tmp_path: Path) -> None:
     save(prepared("W4"), tmp_path / "a")
-    with pytest.raises(
-        CheckpointError, match=r"does not fit Tied: shapes differ: .*16x16 in the checkpoint, 8x8"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not fit Tied: shapes differ: .*16x16 in the checkpoint, 8x8"):
         load(tmp_path / "a", Tied(8))
     with pytest.raises(
         CheckpointError, match="does not fit Linear: the checkpoint lacks bias, weight; the model lacks"

@@ -44,9 +44,7 @@ def specs(draw, granularities: tuple[str, ...], schemes: tuple[str, ...] = ("aff
     granularity = draw(st.sampled_from(granularities))
     scheme = "linear" if bits == 1.58 else draw(st.sampled_from(schemes))
     method = draw(st.sampled_from(["ddt", "ste", "lsq"]))
-    scale = (
-        draw(st.sampled_from(["minmax", "absmean"])) if method == "ste" and scheme == "linear" else "minmax"
-    )
+    scale = draw(st.sampled_from(["minmax", "absmean"])) if method == "ste" and scheme == "linear" else "minmax"
     group_size = draw(st.integers(1, 512)) if granularity == "block" else None
     lam = draw(st.floats(0, 1e6))
     return QuantSpec(bits, scheme, granularity, group_size, method, scale, lam)
@@ -62,14 +60,10 @@ def plain_configs(draw) -> QConfig:
 
 RULES = st.builds(
     Rule,
-    st.sampled_from(
-        ["encoder.*", "*", "a b", "2:4", re.compile(r"fc\d$"), re.compile("X", re.I), nn.Linear, nn.LSTM]
-    ),
+    st.sampled_from(["encoder.*", "*", "a b", "2:4", re.compile(r"fc\d$"), re.compile("X", re.I), nn.Linear, nn.LSTM]),
     st.none() | plain_configs(),
 )
-CONFIGS = st.builds(
-    lambda config, rules: config.with_rules(*rules), plain_configs(), st.lists(RULES, max_size=3)
-)
+CONFIGS = st.builds(lambda config, rules: config.with_rules(*rules), plain_configs(), st.lists(RULES, max_size=3))
 
 
 @given(notations())
@@ -378,8 +372,6 @@ def test_hand_written_yaml() -> None:
       - {match: head, config: null}
       - {match: {regex: "^encoder"}, config: W2-70%}
     """
-    expected = QConfig.parse("A8W4@128").with_rules(
-        Rule("head", None), Rule(re.compile("^encoder"), "W2-70%")
-    )
+    expected = QConfig.parse("A8W4@128").with_rules(Rule("head", None), Rule(re.compile("^encoder"), "W2-70%"))
     assert QConfig.from_yaml(text) == expected
     assert QConfig.from_yaml("A4W1-2:4@128") == QConfig.parse("A4W1-2:4@128")
