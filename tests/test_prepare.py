@@ -314,7 +314,9 @@ def test_twice():
 
 
 def test_inputs_that_the_model_rejects_keep_the_users_traceback():
-    with pytest.raises(qgraph.CaptureError, match=r"does not run on the example inputs \(torch.float32 \(2, 7\)\)") as e:
+    with pytest.raises(
+        qgraph.CaptureError, match=r"does not run on the example inputs \(torch.float32 \(2, 7\)\)"
+    ) as e:
         qgraph.prepare(mlp(), "W4", torch.randn(2, 7))
     assert isinstance(e.value.__cause__, RuntimeError) and "mat1" in str(e.value.__cause__)
 
@@ -356,3 +358,30 @@ def test_a_learned_step_of_a_weight_that_is_passed_to_a_child():
     assert [s.reason for s in sites(prepared)] == [None]
     prepared(X).sum().backward()
     assert all(p.grad is not None for p in prepared.parameters())
+
+
+def test_settings_that_change_after_the_capture_are_seen():
+    from types import SimpleNamespace
+
+    class Configured(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.config, self.scales, self.flip = nn.Linear(16, 4), SimpleNamespace(double=False), [1.0], False
+
+        def forward(self, x):
+            y = self.fc(x.flip(0) if self.flip else x) * self.scales[0]
+            return y * 2 if self.config.double else y
+
+    prepared = qgraph.prepare(Configured(), "W4", X)
+    plain = prepared(X)
+    for other in (prepared, copy.deepcopy(prepared)):
+        other.config.double = True
+        assert torch.equal(other(X), plain * 2)
+        other.config.double = False
+        other.scales[0] = 4.0
+        assert torch.equal(other(X), plain * 4)
+        other.scales[0] = 1.0
+        other.flip = True
+        assert torch.equal(other(X.flip(0)), plain)
+        other.flip = False
+        assert torch.equal(other(X), plain)

@@ -171,9 +171,7 @@ class Values:
         if is_namedtuple(value):
             return self._graph.call_function(kind, tuple(self.argument(item) for item in value))
         if kind is OrderedDict:
-            return self._graph.call_function(
-                kind, ([(key, self.argument(item)) for key, item in value.items()],)
-            )
+            return self._graph.call_function(kind, ([(key, self.argument(item)) for key, item in value.items()],))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return self._dataclass(value)
         if isinstance(value, type) or _importable(value):

@@ -26,9 +26,7 @@ DATA_SHAPES = frozenset({
     "nonzero", "unique", "unique_consecutive", "masked_select", "repeat_interleave", "argwhere", "bincount",
     "_unique2", "nonzero_static", "where_indices", "combinations", "histogram",
 })  # fmt: skip
-SIZED_LISTS = frozenset(
-    {"unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "split_with_sizes"}
-)
+SIZED_LISTS = frozenset({"unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "split_with_sizes"})
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "true_divide": operator.truediv,
@@ -77,9 +75,7 @@ def node_target(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[st
     name = name_of(function)
     if getattr(function, "__name__", "") == "__set__":
         return "call_function", Setter(name)
-    is_method = (
-        getattr(Tensor, name, None) is function or getattr(torch._C.TensorBase, name, None) is function
-    )
+    is_method = getattr(Tensor, name, None) is function or getattr(torch._C.TensorBase, name, None) is function
     if not is_method:
         # Python wrappers of methods (`Tensor.__pow__`) are in no namespace: called by name.
         wrapper = getattr(function, "__module__", None) == "torch._tensor" and args and isinstance(args[0], Tensor)

@@ -30,9 +30,7 @@ def install_all(model: nn.Module, shared: Shared) -> None:
             install(module, ModuleState(shared, path, type(module).forward))
 
 
-def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], progress: Callable[[str], None]
-) -> None:
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], progress: Callable[[str], None]) -> None:
     """Run the model once in eval and once in train mode, float, and keep the graphs; leave no trace of the runs."""
     modes = [(module, module.training) for module in model.modules()]
     before = Snapshot(model)
@@ -86,9 +84,7 @@ def _worth_capturing(module: nn.Module) -> bool:
     if kind.forward is nn.Module.forward or "forward" in module.__dict__:
         return False
     if kind.__module__.startswith("torch.nn.modules"):
-        return next(module.parameters(), None) is not None or isinstance(
-            module, nn.modules.lazy.LazyModuleMixin
-        )
+        return next(module.parameters(), None) is not None or isinstance(module, nn.modules.lazy.LazyModuleMixin)
     return True
 
 

@@ -134,18 +134,14 @@ def _run_checked(
     return result
 
 
-def run_python(
-    module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call
-) -> Any:
+def run_python(module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call) -> Any:
     """Run the module's own Python: a graph break under torch.compile, but not under torch.export, which allows none."""
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return _outside_graphs(module, state, forward, args, kwargs, call)
     return python_body(module, state, forward, args, kwargs, call)
 
 
-def python_body(
-    module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call
-) -> Any:
+def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call) -> Any:
     """Run the module's own Python under the same quantizers; capture a call of a new kind for the next time."""
     known = state.known_opaque(call, module.training)
     if known is None and (state.variants or state.opaque):

@@ -50,9 +50,7 @@ class OperandTracker:
         if path is None:
             source = DATA
         elif isinstance(value, nn.Parameter) or value.requires_grad:
-            source = Source(
-                "parameter", (self.owner.shared.canonical_name(self.owner.path, path),), exact=True
-            )
+            source = Source("parameter", (self.owner.shared.canonical_name(self.owner.path, path),), exact=True)
         else:
             source = CONSTANT
         self._sources[id(value)] = (value, source)

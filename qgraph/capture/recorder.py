@@ -45,9 +45,7 @@ class Recorder(TorchFunctionMode):
         Why no graph shall be recorded; the recorder then only quantizes.
     """
 
-    def __init__(
-        self, module: nn.Module, state: ModuleState, quantize: bool, reason: str | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, state: ModuleState, quantize: bool, reason: str | None = None) -> None:
         super().__init__()
         self.module = module
         self.state = state
@@ -226,9 +224,7 @@ class Recorder(TorchFunctionMode):
         node_args, node_kwargs = self.values.argument(args), self.values.argument(kwargs)
         where, variable = locate()
         op, target = calls.node_target(func, args)
-        node = self.graph.create_node(
-            op, target, tuple(node_args), node_kwargs, name=variable or calls.name_of(func)
-        )
+        node = self.graph.create_node(op, target, tuple(node_args), node_kwargs, name=variable or calls.name_of(func))
         node.meta["where"] = where
         self._guard_length(node, calls.name_of(func), result)
         data_dependent = calls.name_of(func) in calls.DATA_SHAPES or calls.boolean_index(func, args)
@@ -283,9 +279,7 @@ class Recorder(TorchFunctionMode):
         text = expression.source()
         if text is not None and _printable(value):
             source = f"{text} == {value!r}"
-            if isinstance(
-                value, bool
-            ):  # in torch.export the condition is a SymBool, which `is True` never holds for
+            if isinstance(value, bool):  # in torch.export the condition is a SymBool, which `is True` never holds for
                 source = text if value else f"not {text}"
             self.guards.setdefault(source, Guard(source, where))
             return
@@ -320,9 +314,7 @@ class Recorder(TorchFunctionMode):
     def enter_autocast(self, context: torch.autocast) -> None:
         if self.recording:
             settings = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
-            self._autocasts[id(context)] = self.graph.call_function(
-                torch.amp.autocast_mode._enter_autocast, settings
-            )
+            self._autocasts[id(context)] = self.graph.call_function(torch.amp.autocast_mode._enter_autocast, settings)
 
     def leave_autocast(self, context: torch.autocast) -> None:
         entered = self._autocasts.pop(id(context), None)
@@ -374,11 +366,7 @@ class Recorder(TorchFunctionMode):
                 self.module.__dict__[name] = plain(value)
             if name != "_qgraph" and value is not self._attributes.get(name, _MISSING):
                 before = self._attributes.get(name, _MISSING)
-                if not (
-                    isinstance(value, (int, float, str, bool))
-                    and type(before) is type(value)
-                    and before == value
-                ):
+                if not (isinstance(value, (int, float, str, bool)) and type(before) is type(value) and before == value):
                     self.fail(f"assigns self.{name} in forward")
         for name, value, before in self._watched:
             if name.startswith("self."):

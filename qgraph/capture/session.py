@@ -13,7 +13,7 @@ from torch import nn
 
 from qgraph.capture.patches import patched
 from qgraph.capture.recorder import Recorder
-from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Variant, plain_attributes
+from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Variant, plain_attributes, settings_of
 from qgraph.capture.structure import Unsupported
 from qgraph.capture.values import plain
 from qgraph.graph import STATE
@@ -43,11 +43,7 @@ def capturing(quantize: bool, reason: str | None = None) -> Iterator[Session]:
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
     """Compiled functions inside a recorded forward run as they are written; nothing to do where none can be."""
-    return (
-        torch.compiler.set_stance("force_eager")
-        if "torch._dynamo" in sys.modules
-        else contextlib.nullcontext()
-    )
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 class _Active:
@@ -103,9 +99,7 @@ class Session:
             return original(module, *args, **kwargs)
         path = _relative_path(parent.module, module)
         if path is None and STATE not in module.__dict__ and next(module.parameters(), None) is None:
-            return original(
-                module, *args, **kwargs
-            )  # a helper made on the fly: part of the caller's own forward
+            return original(module, *args, **kwargs)  # a helper made on the fly: part of the caller's own forward
         plain_args, plain_kwargs = plain(args), plain(kwargs)
         with parent.suspended():
             versions = parent.values.versions(plain_args, plain_kwargs)
@@ -158,9 +152,7 @@ class Session:
         """Run one installed forward: by its graph if one holds for the call, else recorded."""
         announced, self._announced = self._announced is module, None
         if self.recorder is not None and not announced:
-            return forward(
-                module, *args, **kwargs
-            )  # called as a plain method: part of the caller's own forward
+            return forward(module, *args, **kwargs)  # called as a plain method: part of the caller's own forward
         state: ModuleState = module.__dict__[STATE]
         call = state.call(args, kwargs)
         variant = state.select(module, call)
@@ -186,7 +178,7 @@ class Session:
             reason = f"more than {MAX_VARIANTS} variants"
         elif reason is None and (entry := state.known_opaque(call, module.training)) is not None:
             reason = entry.reason
-        attributes = plain_attributes(module)
+        attributes, settings = plain_attributes(module), settings_of(module)
         recorder = Recorder(module, state, self.quantize, reason)
         self.stack.append(recorder)
         try:
@@ -194,10 +186,10 @@ class Session:
         finally:
             self.stack.pop()
         if not known:
-            self._keep(recorder, call, attributes)
+            self._keep(recorder, call, attributes, settings)
         return result
 
-    def _keep(self, recorder: Recorder, call: Call, attributes: dict[str, Any]) -> None:
+    def _keep(self, recorder: Recorder, call: Call, attributes: dict[str, Any], settings: Any) -> None:
         state = recorder.state
         with _install_lock:
             # With the tensors at hand: a learned step starts from the weight, whichever way it came here.
@@ -210,6 +202,7 @@ class Session:
                     tuple(recorder.guards.values()),
                     recorder.graph,
                     recorder.late_guards,
+                    settings,
                 )
                 state.variants.append(variant)
                 self.new.append((recorder.module, variant))

@@ -35,9 +35,7 @@ def locate() -> tuple[str, str | None]:
 
 def definition(function: object) -> str:
     """``file:line`` where a function is written."""
-    code = getattr(function, "__code__", None) or getattr(
-        getattr(function, "__wrapped__", None), "__code__", None
-    )
+    code = getattr(function, "__code__", None) or getattr(getattr(function, "__wrapped__", None), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else "<unknown>:0"
 
 

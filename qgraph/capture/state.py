@@ -37,7 +37,7 @@ class Variant:
     """One captured graph of a module and the calls that it holds for.
 
     ``names``: the arguments as the call gave them; ``signature``: their structure; ``attributes``: the module's own
-    plain attributes, ``training`` among them; ``guards``: conditions on sizes and dtypes.
+    plain attributes, ``training`` among them; ``settings``: the fields of plain objects that it holds, such as a config; ``guards``: conditions on sizes and dtypes.
     """
 
     names: tuple[str, ...]
@@ -46,6 +46,7 @@ class Variant:
     guards: tuple[Guard, ...]
     graph: fx.Graph
     late_guards: int
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     validated: set[Any] = field(default_factory=set)
     _function: Callable[..., Any] | None = None
     _condition: Callable[..., bool] | None = None
@@ -56,6 +57,9 @@ class Variant:
         attributes = module.__dict__
         for name, value in self.attributes.items():
             if attributes.get(name) != value:
+                return False
+        for name, fields in self.settings.items():
+            if not _same_fields(attributes.get(name), fields):
                 return False
         if not self.guards:
             return True
@@ -81,9 +85,7 @@ class Variant:
 
     def _compile_condition(self) -> Callable[..., bool]:
         arguments = [node.name for node in self.graph.nodes if node.op == "placeholder"]
-        source = f"lambda {', '.join(['self', *arguments])}: " + " and ".join(
-            f"({g.source})" for g in self.guards
-        )
+        source = f"lambda {', '.join(['self', *arguments])}: " + " and ".join(f"({g.source})" for g in self.guards)
         names = {"torch": torch, "device": torch.device}
         return eval(source, names)  # the text is our own, made of the forward's argument names
 
@@ -92,7 +94,7 @@ class Variant:
 
         state = {
             name: getattr(self, name)
-            for name in ("names", "signature", "attributes", "guards", "late_guards")
+            for name in ("names", "signature", "attributes", "settings", "guards", "late_guards")
         }
         return {**state, "graph": dump_graph(self.graph)}
 
@@ -188,17 +190,46 @@ def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's own scalars, its mode among them: a graph has taken them for constants."""
-    return {name: value for name, value in module.__dict__.items() if isinstance(value, _SCALARS)}
+    """A module's own scalars and lists of them, its mode among them: a graph has taken them for constants."""
+    return {
+        name: copy.copy(value)
+        for name, value in module.__dict__.items()
+        if isinstance(value, _SCALARS) or _is_plain_container(name, value)
+    }
+
+
+def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The scalar fields of the plain objects that a module holds (a config, a namespace)."""
+    return {
+        name: {key: item for key, item in vars(value).items() if isinstance(item, _SCALARS)}
+        for name, value in module.__dict__.items()
+        if name != "_qgraph" and _is_plain_object(value)
+    }
+
+
+def _is_plain_container(name: str, value: Any) -> bool:
+    if name.startswith("_") or not isinstance(value, (list, tuple, dict, set)):
+        return False
+    return all(isinstance(item, _SCALARS) for item in (value.values() if isinstance(value, dict) else value))
+
+
+def _is_plain_object(value: Any) -> bool:
+    if isinstance(value, (*_SCALARS, list, tuple, dict, set, Tensor, nn.Module, type)) or callable(value):
+        return False
+    return hasattr(value, "__dict__") and len(vars(value)) > 0
+
+
+def _same_fields(value: Any, fields: dict[str, Any]) -> bool:
+    now = getattr(value, "__dict__", None)
+    if now is None:
+        return not fields
+    return all(now.get(name) == field for name, field in fields.items())
 
 
 def shapes(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The sizes and dtypes of every tensor in a call's arguments."""
     return tuple(
-        (tuple(item.shape), item.dtype)
-        for value in values
-        for _, item in walk(value)
-        if isinstance(item, Tensor)
+        (tuple(item.shape), item.dtype) for value in values for _, item in walk(value) if isinstance(item, Tensor)
     ) + (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
 
 
@@ -229,11 +260,7 @@ class Snapshot:
     def __init__(self, module: nn.Module) -> None:
         self.python, self.numpy = random.getstate(), np.random.get_state()
         self.torch = torch.get_rng_state()
-        self.cuda = (
-            torch.cuda.get_rng_state_all()
-            if torch.cuda.is_available() and torch.cuda.is_initialized()
-            else []
-        )
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
         self.attributes = [(m, dict(m._buffers), _own_attributes(m)) for m in module.modules()]
 

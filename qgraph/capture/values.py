@@ -123,11 +123,7 @@ class _Traced:
     def __mod__(self, other): return self._calculate(operator.mod, self, other)  # fmt: skip
 
     def __rmod__(self, other):
-        return (
-            other % self._specialize()
-            if isinstance(other, str)
-            else self._calculate(operator.mod, other, self)
-        )
+        return other % self._specialize() if isinstance(other, str) else self._calculate(operator.mod, other, self)
 
     def __truediv__(self, other): return self._calculate(operator.truediv, self, other)  # fmt: skip
 
@@ -197,16 +193,27 @@ class _Constant:
         self.value = value
 
     def guard_int(self, file: str, line: int) -> int: return self.value  # fmt: skip
+
     def int_(self) -> int: return self.value  # fmt: skip
+
     def maybe_as_int(self) -> int: return self.value  # fmt: skip
+
     def constant_int(self) -> int: return self.value  # fmt: skip
+
     def is_int(self) -> bool: return True  # fmt: skip
+
     def is_float(self) -> bool: return False  # fmt: skip
+
     def is_bool(self) -> bool: return False  # fmt: skip
+
     def is_constant(self) -> bool: return True  # fmt: skip
+
     def is_symbolic(self) -> bool: return False  # fmt: skip
+
     def is_nested_int(self) -> bool: return False  # fmt: skip
+
     def nested_int(self) -> None: return None  # fmt: skip
+
     def has_hint(self) -> bool: return True  # fmt: skip
 
 
