@@ -42,8 +42,10 @@ def _processor() -> str:
 
 
 def table(result: dict) -> str:
-    head = "| model | config | accuracy, torch | accuracy, onnxruntime | largest difference | bits/weight | file | x FP32 |"
-    lines = [head, "| --- " * 8 + "|"]
+    columns = (
+        "model | config | accuracy, torch | accuracy, onnxruntime | largest difference | bits/weight | file | x FP32"
+    )
+    lines = [f"| {columns} |", "| --- " * 8 + "|"]
     for row in result["rows"]:
         lines.append(
             f"| {row['model']} | {row['config']} | {row['accuracy_torch']:.1%} | {row['accuracy_onnxruntime']:.1%} "
@@ -53,8 +55,8 @@ def table(result: dict) -> str:
     c = result["conditions"]
     note = (
         f"`python benchmarks/demo_table.py`: {c['processor']}, {c['cores']} cores, torch {c['torch']}, onnxruntime "
-        f"{c['onnxruntime']}; one seed, one recipe for all rows. The last column is the latency of FP32 over that of the "
-        f"row, batch 1: at this size the nodes of a graph weigh more than its arithmetic."
+        f"{c['onnxruntime']}; one seed, one recipe for all rows. The last column is the latency of FP32 over that of "
+        "the row, batch 1: at this size the nodes of a graph weigh more than its arithmetic."
     )
     return "\n".join([*lines, "", note])
 

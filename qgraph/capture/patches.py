@@ -25,7 +25,8 @@ _originals: dict[tuple[Any, str], Any] = {}
 
 @contextlib.contextmanager
 def patched(current: Callable[[], Any]) -> Iterator[None]:
-    """While a capture runs: module calls, functional calls, autograd functions and autocast report to the session of their thread.
+    """While a capture runs, calls of modules and of autograd functions, autocast, functional calls and vmap report to
+    the session of their thread.
 
     Parameters
     ----------

@@ -238,9 +238,8 @@ class Recorder(TorchFunctionMode):
         if name == "grad_fn":
             return result
         if isinstance(result, Tensor):
-            where, variable = locate()
             node = self.graph.call_function(getattr, (self.values.node(tensor), name))
-            node.meta["where"] = where
+            node.meta["where"] = locate()[0]
             return self.values.result(node, result, (tensor,), {}, {}, False)
         self.read(tensor, name, None, result)
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import os
 import sys
 from types import CodeType, FrameType
@@ -49,6 +50,6 @@ def _stores(code: CodeType) -> dict[int, str]:
     instructions = list(dis.get_instructions(code))
     return {
         before.offset: after.argval
-        for before, after in zip(instructions, instructions[1:], strict=False)
+        for before, after in itertools.pairwise(instructions)
         if after.opname in ("STORE_FAST", "STORE_NAME", "STORE_DEREF")
     }

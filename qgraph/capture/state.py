@@ -37,7 +37,8 @@ class Variant:
     """One captured graph of a module and the calls that it holds for.
 
     ``names``: the arguments as the call gave them; ``signature``: their structure; ``attributes``: the module's own
-    plain attributes, ``training`` among them; ``settings``: the fields of plain objects that it holds, such as a config; ``guards``: conditions on sizes and dtypes.
+    plain attributes, ``training`` among them; ``settings``: the fields of plain objects that it holds, such as a
+    config; ``guards``: conditions on sizes and dtypes.
     """
 
     names: tuple[str, ...]
@@ -228,9 +229,9 @@ def _same_fields(value: Any, fields: dict[str, Any]) -> bool:
 
 def shapes(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The sizes and dtypes of every tensor in a call's arguments."""
-    return tuple(
-        (tuple(item.shape), item.dtype) for value in values for _, item in walk(value) if isinstance(item, Tensor)
-    ) + (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    tensors = (item for value in values for _, item in walk(value) if isinstance(item, Tensor))
+    return (*modes, *((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
 
 
 def find_attribute(module: nn.Module, tensor: Tensor) -> str | None:

@@ -26,7 +26,7 @@ def run(model, inputs, training, **kwargs):
     model.zero_grad()
     torch.manual_seed(7)
     inputs = tree_map_only(torch.Tensor, lambda t: t.clone(), inputs)
-    out = [x for x in leaves(model(*inputs, **kwargs))]
+    out = leaves(model(*inputs, **kwargs))
     tensors = [x for x in out if isinstance(x, torch.Tensor) and x.requires_grad]
     sum((t.float() ** 2).sum() for t in tensors).backward()
     return out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -65,7 +65,7 @@ def test_with_quantizers_on_every_site_is_quantized_and_gradients_are_finite(nam
     prepared = qgraph.prepare(model, "A4W2", first)
     found = coverage(prepared)
     assert found.graphs > 0
-    assert bool([o for o in found.opaque]) == case.opaque, found.opaque
+    assert bool(found.opaque) == case.opaque, found.opaque
     assert found.sites == found.sites_quantized > 0
     for inputs in (first, second):
         expected, expected_grads = run(copy.deepcopy(model), inputs, True)

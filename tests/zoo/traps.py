@@ -223,7 +223,7 @@ class NumpyNoise(nn.Module):
 
     def forward(self, x):
         for layer in self.layers:
-            if not self.training or np.random.rand() > 0.3 and random.random() > 0.1:
+            if not self.training or (np.random.rand() > 0.3 and random.random() > 0.1):
                 x = layer(x)
         return x
 
