@@ -44,9 +44,7 @@ class QuantizeActivations(Pass):
                     continue
                 with graph.inserting_before(found.node):
                     target = f"qgraph.{placed.key.replace('.', '__')}"
-                    new = graph.create_node(
-                        "call_module", target, (x,), name=f"{placed.key.replace('.', '_')}_q"
-                    )
+                    new = graph.create_node("call_module", target, (x,), name=f"{placed.key.replace('.', '_')}_q")
                 new.meta.update({key: x.meta[key] for key in ("shape", "dtype") if key in x.meta})
                 new.meta["where"] = found.node.meta.get("where", "")
                 new.meta["qgraph"] = {"site": placed.site, "spec": str(quantizer.spec)}

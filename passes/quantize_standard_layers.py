@@ -36,7 +36,5 @@ def _place(owner: Owner, module: nn.Module, op: str, axis: int, conv: bool, has_
     source = Source("parameter", (site,), exact=True)
     owner.weight(Placed(Operand(1, "weight", "weight", axis), source, "weight", site), lambda: weight)
     if has_input:
-        placed = Placed(
-            Operand(0, "input", "input"), Source("data"), "input", f"{owner.path}.input".lstrip(".")
-        )
+        placed = Placed(Operand(0, "input", "input"), Source("data"), "input", f"{owner.path}.input".lstrip("."))
         owner.activation(placed, SiteCall(op, (), conv))

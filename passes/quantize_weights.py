@@ -45,9 +45,7 @@ class QuantizeWeights(Pass):
             if sparse and not _is_sparsifier(entry.weight, context):
                 continue
             args = (entry.weight, dense) if sparse else (entry.weight,)
-            new = insert_module(
-                graph, entry.weight, entry.placed.key, args, weight_meta(entry, quantizer.spec)
-            )
+            new = insert_module(graph, entry.weight, entry.placed.key, args, weight_meta(entry, quantizer.spec))
             entry.reroute(new)
             modified = True
             notes.append(note(self.name, entry, f"{quantizer.spec}"))

@@ -53,9 +53,7 @@ def _entry(site: GraphSite, placed: Placed) -> Entry:
     return Entry(site, placed, user, node)
 
 
-def insert_module(
-    graph: fx.Graph, after: fx.Node, key: str, args: tuple[Any, ...], meta: dict[str, Any]
-) -> fx.Node:
+def insert_module(graph: fx.Graph, after: fx.Node, key: str, args: tuple[Any, ...], meta: dict[str, Any]) -> fx.Node:
     """Call the module `qgraph.<key>` after a node; the call that is already there is used again."""
     target = f"qgraph.{key.replace('.', '__')}"
     for node in graph.nodes:
@@ -68,9 +66,7 @@ def insert_module(
 
 
 def weight_meta(entry: Entry, spec: Any) -> dict[str, Any]:
-    kept: dict[str, Any] = {
-        key: entry.dense.meta[key] for key in ("shape", "dtype") if key in entry.dense.meta
-    }
+    kept: dict[str, Any] = {key: entry.dense.meta[key] for key in ("shape", "dtype") if key in entry.dense.meta}
     return {
         **kept,
         "where": entry.site.node.meta.get("where", ""),

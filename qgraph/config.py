@@ -157,6 +157,16 @@ class QConfig:
                 return rule.config  # type: ignore[return-value]  # a str was parsed in Rule.__post_init__
         return self
 
+    def resolve_all(self, model: nn.Module) -> "dict[str, QConfig | None]":
+        """The config of every module of a model, by path."""
+        modules = dict(model.named_modules())
+        found = {}
+        for path, module in modules.items():
+            above = [path[:end] for end, character in enumerate(path) if character == "."]
+            chain = [(name, modules[name]) for name in ("", *above) if path and name in modules]
+            found[path] = self.resolve(path, module, chain)
+        return found
+
     def check_rules(self, named_modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Raise ConfigError for a rule that matches none of these modules, with the nearest names."""
         modules = list(named_modules)
