@@ -33,13 +33,12 @@ class Shared:
     config: QConfig
     pipeline: Any
     canonical: dict[str, str] = field(default_factory=dict)
+    configs: dict[str, QConfig | None] = field(default_factory=dict)  # by module path, rules applied
     quantizers: dict[str, nn.Module] = field(default_factory=dict)
     strict: bool = False
     model_name: str = ""
     notes: list[Any] = field(default_factory=list)
-    off: list[str | None] = field(
-        default_factory=list
-    )  # globs of the sites that `disabled` holds off now; None: all
+    off: list[str | None] = field(default_factory=list)  # globs of the sites that `disabled` holds off now; None: all
 
     def is_off(self, site: str) -> bool:
         """Whether a quantizer made now for this site starts switched off."""
@@ -125,11 +124,7 @@ def node_source(node: fx.Node, sources: dict[fx.Node, Source], numbers: set[fx.N
         if inputs:
             return DATA
         made_of_parameters = node.meta.get("holds_parameters")
-        return (
-            Source("parameter", (f"{owner.path}.{node.target}".lstrip("."),))
-            if made_of_parameters
-            else CONSTANT
-        )
+        return Source("parameter", (f"{owner.path}.{node.target}".lstrip("."),)) if made_of_parameters else CONSTANT
     name = function_name(node)
     first = node.args[0] if node.args else None
     swapped = isinstance(first, fx.Node) and swaps_last_two(name, node.args, rank(first))
@@ -148,11 +143,7 @@ def is_quantizer(node: fx.Node, module: nn.Module) -> bool:
 
 def unquantized(value: Any) -> Any:
     """The node behind the quantizers and sparsifiers that passes have put before an operand."""
-    while (
-        isinstance(value, fx.Node)
-        and value.op == "call_module"
-        and str(value.target).split(".")[0] == "qgraph"
-    ):
+    while isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).split(".")[0] == "qgraph":
         value = value.args[0]
     return value
 
@@ -251,9 +242,10 @@ def _record(
     sparsifier: Any = None
     activation: Any = None
     if isinstance(container, Quantizers):
-        get = lambda key: container[key.replace(".", "__")] if key.replace(".", "__") in container else None  # noqa: E731
-        quantizer, sparsifier = get(placed.key), get(f"{placed.key}.sparsifier")
-        activation = get(site.inputs[0].key) if site.inputs else None
+        held = container._modules
+        name = placed.key.replace(".", "__")
+        quantizer, sparsifier = held.get(name), held.get(f"{name}__sparsifier")
+        activation = held.get(site.inputs[0].key.replace(".", "__")) if site.inputs else None
     reason = None
     if quantizer is None and sparsifier is None:
         if config is None:

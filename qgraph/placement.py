@@ -48,11 +48,10 @@ class Owner:
 
     @property
     def config(self) -> QConfig | None:
-        return self.shared.config.resolve(self.path, self.module)
+        configs = self.shared.configs
+        return configs[self.path] if self.path in configs else self.shared.config.resolve(self.path, self.module)
 
-    def weight(
-        self, placed: Placed, example: Callable[[], Tensor]
-    ) -> tuple[Sparsifier | None, WeightQuantizer | None]:
+    def weight(self, placed: Placed, example: Callable[[], Tensor]) -> tuple[Sparsifier | None, WeightQuantizer | None]:
         """The sparsifier and the quantizer of a weight operand, as the config asks for them."""
         config = self.config
         if config is None or (config.weight is None and config.sparsity is None):
@@ -80,9 +79,7 @@ class Owner:
                     made.initialize_step(example())
                 return made
 
-            quantizer = self._get(
-                placed.key, placed.site, make, lambda m: (m.spec, m.groups) == (spec, groups)
-            )
+            quantizer = self._get(placed.key, placed.site, make, lambda m: (m.spec, m.groups) == (spec, groups))
         return sparsifier, quantizer
 
     def activation(self, placed: Placed, call: SiteCall) -> ActivationQuantizer | None:
@@ -118,9 +115,7 @@ class Owner:
         return found
 
 
-def place(
-    call: SiteCall, sources: list[Source], owner: Owner, ordinal: Callable[[str, int], int]
-) -> Site | None:
+def place(call: SiteCall, sources: list[Source], owner: Owner, ordinal: Callable[[str, int], int]) -> Site | None:
     """Tell weights from inputs, or None where the call multiplies no weight.
 
     `ordinal(name, i)` numbers the different derived operands of one name, in order of first use; `i` is the operand's

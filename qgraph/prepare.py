@@ -67,6 +67,7 @@ def prepare(
     config.check_rules(model.named_modules())
     prepared = model if inplace else copy.deepcopy(model)
     shared = Shared(config, default_pipeline(), strict=strict, model_name=type(model).__name__)
+    shared.configs = config.resolve_all(prepared)
     install_all(prepared, shared)
     place_in_standard_layers(prepared)
     if example_inputs is not None or example_kwargs:

@@ -5,12 +5,15 @@ import pickle
 import re
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from qgraph.config import QConfig, QuantSpec, Rule, SparsitySpec
 from qgraph.errors import ConfigError, QGraphError
+from qgraph.graph import sites
+from qgraph.prepare import prepare
 
 BITS = st.sampled_from([1, 1.58, 2, 3, 4, 5, 6, 7, 8])
 RATIOS = st.floats(min_value=1e-6, max_value=1, exclude_max=True)
@@ -319,6 +322,15 @@ def test_a_rule_covers_what_is_below_its_match(match) -> None:
     assert resolve(config, "head") is not None
 
 
+def test_all_modules_at_once() -> None:
+    config = QConfig.parse("W4").with_rules(Rule(nn.Sequential, None), Rule("encoder.0", "W2"))
+    found = config.resolve_all(Net())
+    assert set(found) == {name for name, _ in Net().named_modules()}
+    assert found["encoder.0"] == QConfig.parse("W2")
+    assert found["encoder"] is found["encoder.2"] is None
+    assert found["head"] is found[""] is config
+
+
 def test_rules_by_type_match_subclasses() -> None:
     class Mine(nn.Linear):
         pass
@@ -375,3 +387,19 @@ def test_hand_written_yaml() -> None:
     expected = QConfig.parse("A8W4@128").with_rules(Rule("head", None), Rule(re.compile("^encoder"), "W2-70%"))
     assert QConfig.from_yaml(text) == expected
     assert QConfig.from_yaml("A4W1-2:4@128") == QConfig.parse("A4W1-2:4@128")
+
+
+@pytest.mark.parametrize("match", [nn.Sequential, lambda path, module: isinstance(module, nn.Sequential), "encoder"])
+def test_a_rule_for_a_block_reaches_its_layers_in_a_prepared_model(match) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.encoder(x))
+
+    prepared = prepare(Small(), QConfig.parse("W4").with_rules(Rule(match, None)), (torch.randn(2, 4),))
+    floats = {site.name for site in sites(prepared) if site.weight is None}
+    assert floats == {"encoder.0.weight"}
