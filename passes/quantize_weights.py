@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
-from qgraph.modules import Sparsifier
+from qgraph.modules import Sparsifier, WeightQuantizer
 from qgraph.passes.weights import entries, insert_module, note, value_of, weight_meta
 from qgraph.pipeline import Note, Pass, PassContext, PassResult
 
@@ -48,7 +49,7 @@ class QuantizeWeights(Pass):
             new = insert_module(graph, entry.weight, entry.placed.key, args, weight_meta(entry, quantizer.spec))
             entry.reroute(new)
             modified = True
-            notes.append(note(self.name, entry, f"{quantizer.spec}"))
+            notes.append(note(self.name, entry, _told(quantizer, dense)))
         return PassResult(modified, tuple(notes))
 
     def ensures(self, graph: fx.Graph, context: PassContext) -> str | None:
@@ -57,6 +58,16 @@ class QuantizeWeights(Pass):
             return None
         open_sites = [e.placed.site for e in entries(graph, context) if e.weight is e.dense]
         return f"not quantized: {', '.join(open_sites)}" if open_sites else None
+
+
+def _told(quantizer: WeightQuantizer, dense: fx.Node) -> str:
+    """The spec, and what becomes of a block that is longer than a row."""
+    block, shape = quantizer.groups.block, dense.meta.get("shape")
+    if block is None or shape is None or quantizer.groups.shape(shape)[1] > 1:
+        return str(quantizer.spec)
+    rows = quantizer.groups.shape(shape)[0]
+    length = math.prod(shape) // max(rows, 1)
+    return f"{quantizer.spec}; a row has {length} values, so its one block is the whole row"
 
 
 def _is_sparsifier(node: fx.Node, context: PassContext) -> bool:

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qgraph.checkpoint import load, save
 from qgraph.config import QConfig, QuantSpec, Rule, SparsitySpec
 from qgraph.errors import (
     CaptureError,
@@ -44,7 +45,9 @@ __all__ = [
     "disabled",
     "export",
     "inspect",
+    "load",
     "prepare",
+    "save",
     "set_enabled",
 ]
 
