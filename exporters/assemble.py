@@ -162,6 +162,13 @@ def _reasons(model: nn.Module) -> dict[str, str]:
     for record in _sites(model):
         if getattr(record, "reason", None):
             reasons[record.name] = reasons[f"{record.path}.{record.name}"] = record.reason
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        known = next((reasons[name] for name in tied if name in reasons), None)
+        if known is not None:
+            reasons |= dict.fromkeys(tied, known)
     return reasons
 
 

@@ -65,6 +65,17 @@ def check_arguments(prepared: Any, target: str, opset: int | None) -> None:
         )
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's and the data-parallel wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def _is_prepared(model: nn.Module) -> bool:
     if any(isinstance(module, Quantizer | Sparsifier) for module in model.modules()):
         return True

@@ -11,7 +11,9 @@ import itertools
 import re
 from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
+import torch
 
 PREFIX = "model."  # the wrapper that flattens inputs and outputs holds the user's model under this name
 SHARED = "qgraph."  # constants that several layers use: tables, shapes, axes
@@ -66,6 +68,46 @@ def shorten(graph: ir.Graph) -> None:
             if id(value) not in kept:
                 value.shape = value.type = None
                 value.name = next(name for name in numbers if name not in taken)
+
+
+def restore_parameters(graph: ir.Graph, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Give float weights that the tracer folded into anonymous transposed constants their names back.
+
+    A weight that is looked up and multiplied with (tied embeddings) is then stored once; runtimes fold the transpose.
+    """
+    by_shape: dict[tuple[int, ...], list[tuple[str, torch.Tensor]]] = {}
+    for name, parameter in parameters:
+        if parameter.dim() == 2 and parameter.is_floating_point():
+            by_shape.setdefault(tuple(parameter.shape), []).append((name, parameter))
+    for name, value in list(graph.initializers.items()):
+        if value.const_value is None or len(value.const_value.shape) != 2:
+            continue
+        rows, columns = value.const_value.shape.numpy()
+        candidates = by_shape.get((columns, rows), [])
+        for own, parameter in sorted(candidates, key=lambda item: item[0] not in graph.initializers):
+            array = parameter.detach().cpu().numpy()
+            if name != own and array.dtype == value.const_value.numpy().dtype and _is_transpose(value, array):
+                _transpose_of(graph, value, own, array)
+                break
+
+
+def _is_transpose(value: ir.Value, array: np.ndarray) -> bool:
+    assert value.const_value is not None
+    return bool(np.array_equal(value.const_value.numpy(), array.T)) and bool(value.uses())
+
+
+def _transpose_of(graph: ir.Graph, value: ir.Value, name: str, array: np.ndarray) -> None:
+    source = graph.initializers.get(name)
+    if source is None:
+        tensor = ir.tensor(array, name=name)
+        source = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(source)
+    node = ir.node("Transpose", [source], {"perm": [1, 0]}, name=f"{name}/Transpose")
+    node.outputs[0].name = f"{name}/transposed"
+    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+    graph.insert_before(graph[0], node)
+    ir.convenience.replace_all_uses_with(value, node.outputs[0])
+    del graph.initializers[value.name or ""]
 
 
 def thin_names(nodes: Iterable[ir.Node]) -> None:

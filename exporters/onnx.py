@@ -17,10 +17,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qgraph.errors import ExportError
-from qgraph.exporters.assemble import describe
-from qgraph.exporters.job import Job, Say, check_arguments, prepare_job
+from qgraph.exporters.assemble import assemble, describe
+from qgraph.exporters.job import Job, Say, check_arguments, prepare_job, unwrapped
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
-from qgraph.exporters.naming import merge_reshapes, module_outputs, rename, shorten, thin_names
+from qgraph.exporters.naming import merge_reshapes, module_outputs, rename, restore_parameters, shorten, thin_names
 from qgraph.exporters.report import ExportReport, metadata
 from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
 from qgraph.exporters.signature import run_eagerly
@@ -77,7 +77,7 @@ def export(
         When the model cannot be exported, or the file computes something else. No file is left then, and one
         that was there is as it was.
     """
-    path = Path(path)
+    path, prepared = Path(path), unwrapped(prepared)
     check_arguments(prepared, target, opset)
     with workspace(path) as folder, _teller(progress) as say:
         job = prepare_job(prepared, example_inputs, example_kwargs, opset or DEFAULT_OPSET, target, say)
@@ -140,10 +140,12 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     model, notes = _trace(job, plan)
     layers = module_outputs(model.graph)
     rename(model.graph)
+    restore_parameters(model.graph, job.model.named_parameters(remove_duplicate=False))
     job.say("packing weights")
     lowered = lower(model, job.collected, job.target, layers)
-    dtypes = {name for name, _ in [*job.model.named_parameters(), *job.model.named_buffers()]}
-    report = describe_parts(job, model, lowered, plan, notes, path, dtypes)
+    parameters = dict(job.model.named_parameters(remove_duplicate=False))
+    own = {*parameters, *dict(job.model.named_buffers(remove_duplicate=False))}
+    report = _report(job, model, lowered, plan, notes, path, own)
     merge_reshapes(model.graph)
     remove_unused(model.graph)
     thin_names(lowered.nodes)
@@ -157,12 +159,10 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     return _Built(report, verified)
 
 
-def describe_parts(
+def _report(
     job: Job, model: ir.Model, lowered: Lowered, plan: ShapePlan, notes: list[str], path: Path, own: set[str]
 ) -> ExportReport:
     """The report as far as it is known before the file is run."""
-    from qgraph.exporters.assemble import assemble
-
     return assemble(
         job.original,
         model,

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
@@ -223,6 +224,58 @@ def test_a_wrong_activation_quantizer_is_no_rounding_tie(tmp_path, monkeypatch):
     monkeypatch.setattr(exporter, "lower", lower_wrongly)
     error = refuses(net, tmp_path / "m.onnx", (X,), match="does not compute what the model does")
     assert "fc2" in str(error) and "quantizer" in str(error)
+
+
+TIE = torch.cat([torch.tensor([[0.0, 3.0, 0.5, 1.2]]), torch.rand(5, 4) * 3])  # the third value is on a tie
+
+
+@pytest.mark.parametrize(("push", "accepted"), [(1e-5, True), (0.3, False)])
+def test_a_code_on_a_tie_may_go_the_other_way_and_no_other(push, accepted, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = qgraph.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), "A2W4", (TIE,))
+    lower = exporter.lower
+
+    def lower_pushed(model, *args, **kwargs):
+        """Add a little to the first quantizer's positions before they are rounded."""
+        lowered = lower(model, *args, **kwargs)
+        rounding = next(node for node in model.graph if node.op_type == "Round")
+        amount = ir.tensor(np.float32(push), name="push")
+        model.graph.register_initializer(ir.Value(name="push", const_value=amount))
+        add = ir.node("Add", [rounding.inputs[0], model.graph.initializers["push"]], name="pushed")
+        add.outputs[0].name = "pushed"
+        model.graph.insert_before(rounding, add)
+        rounding.replace_input_with(0, add.outputs[0])
+        return lowered
+
+    monkeypatch.setattr(exporter, "lower", lower_pushed)
+    if not accepted:
+        error = refuses(net, tmp_path / "m.onnx", (TIE,), match="the first layer that differs is 0")
+        assert "quantizer" in str(error)
+        return
+    report = export(net, tmp_path / "m.onnx", (TIE,), dynamic_shapes={})
+    assert report.flips == 1 and "1 activation codes on a rounding tie" in " ".join(str(report).split())
+    got = ort.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"input": TIE.numpy()})[0]
+    off = np.abs(got - net.eval()(TIE).detach().numpy()).max(1) > 1e-4
+    assert off.tolist() == [True, False, False, False, False, False]
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 12, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+
+def test_what_has_no_form_in_onnx_is_named(tmp_path):
+    args = (torch.randn(3, 5, 8), torch.tensor([5, 3, 2]))
+    net = qgraph.prepare(Packed(), "W4", args)
+    refuses(net, tmp_path / "m.onnx", args, match="packed sequence.*pass the padded tensor")
+    x = torch.randn(3, 5, 8)
+    net = qgraph.prepare(nn.LSTM(8, 12, proj_size=4), "W4", (x,))
+    refuses(net, tmp_path / "m.onnx", (x,), match="proj_size.*a Linear after it")
 
 
 def test_the_model_is_left_as_it_was(tmp_path):

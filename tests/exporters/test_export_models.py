@@ -187,6 +187,54 @@ def test_a_tied_weight_is_stored_once(target, tmp_path):
     assert tied not in tensors
 
 
+def test_a_tied_weight_left_float_is_stored_once_under_its_name(tmp_path):
+    ids = torch.randint(0, 33, (2, 7))
+    config = qgraph.QConfig.parse("W4").with_rules(qgraph.Rule("wte", None), qgraph.Rule("head", None))
+    net = qgraph.prepare(GPT(), config, (ids,)).eval()
+    report = export(net, tmp_path / "m.onnx", (ids,))
+    shape = list(net.wte.weight.shape)
+    tables = [t.name for t in onnx.load(tmp_path / "m.onnx").graph.initializer if sorted(t.dims) == sorted(shape)]
+    assert len(tables) == 1 and tables[0] in {"wte.weight", "head.weight"}
+    assert {item.name: item.reason for item in report.leftovers}[tables[0]] == "a rule leaves it float"
+
+
+def test_wrappers_around_a_prepared_model(tmp_path):
+    net = qgraph.prepare(nn.Linear(8, 8), "W4").eval()
+    report = export(torch.compile(net), tmp_path / "m.onnx", (torch.randn(2, 8),))
+    assert report.inputs == ("input",)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_float_types_are_computed_in_float32(dtype, tmp_path):
+    x = torch.randn(3, 16, dtype=dtype)
+    net = qgraph.prepare(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype), "A4W4", (x,))
+    report = export(net, tmp_path / "m.onnx", (x,))
+    assert any("float32" in note for note in report.notes)
+    assert net[0].weight.dtype == dtype
+    assert run(tmp_path / "m.onnx", input=x.float())[0].dtype == np.float32
+
+
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(50, 16, mode="mean")
+        self.cell = nn.GRUCell(16, 12)
+        self.rnn = nn.RNN(16, 6, 2, nonlinearity="relu", bidirectional=True)
+
+    def forward(self, ids):
+        y = self.bag(ids)
+        return self.cell(y), self.rnn(y.expand(4, -1, -1))
+
+
+def test_bags_cells_and_plain_recurrent_layers(tmp_path):
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (3, 6))
+    net = qgraph.prepare(Bags(), "W4", (ids,)).eval()
+    report = export(net, tmp_path / "m.onnx", (ids,))
+    ops = {layer.path: layer.op for layer in report.layers}
+    assert ops == {"bag": "Gather", "cell": "Gemm", "rnn": "RNN"}
+
+
 def test_names_and_metadata(tmp_path):
     x = torch.randn(2, 3, 16, 16)
     net = qgraph.prepare(CNN(), "A4W1", (x,)).eval()
