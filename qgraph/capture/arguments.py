@@ -6,6 +6,7 @@ it is first used.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 from collections import OrderedDict
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from qgraph.capture.calls import Constant, Rebuild
+from qgraph.capture.objects import check_own, rebuildable
 from qgraph.capture.source import locate
 from qgraph.capture.state import find_attribute
 from qgraph.capture.structure import Step, Unsupported, is_namedtuple, parts, walk
@@ -23,6 +26,7 @@ from qgraph.capture.values import Leaf, emit, is_traced, traced
 if TYPE_CHECKING:
     from qgraph.capture.recorder import Recorder
 
+SELF = "qgraph_self"  # the attribute of a captured module that is the module itself
 _CONSTANTS = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.layout,
     torch.memory_format,
@@ -31,11 +35,15 @@ _CONSTANTS = (
 
 @dataclasses.dataclass(slots=True)
 class _Known:
-    """An object (held, so that its identity stays its own) and its node, or the way to it from another's node."""
+    """An object (held, so that its identity stays its own) and its node, or the way to it from another's node.
+
+    `node` None: the way starts at the module itself.
+    """
 
     value: Any
-    node: fx.Node
+    node: fx.Node | None
     path: tuple[Step, ...] = ()
+    initial: bool = False  # held by the module when the forward began
 
 
 class Values:
@@ -93,9 +101,37 @@ class Values:
 
     def _learn(self, node: fx.Node, value: Any) -> None:
         for path, item in walk(value):
-            inner = parts(item)
-            if isinstance(item, Tensor) or (inner is not None and (not isinstance(item, tuple) or not path)):
+            if _has_identity(item, path):
                 self._known[id(item)] = _Known(item, node, path)
+
+    def learn_part(self, holder: Any, step: Step, value: Any, initial: bool = False) -> None:
+        """A known object holds this now: what is new in it is reached through the object."""
+        known = self._known.get(id(holder))
+        node, way = (None, ()) if known is None else (known.node, known.path)
+        for path, item in walk(value):
+            met = self._known.get(id(item))
+            if _has_identity(item, path) and (met is None or met.value is not item):
+                self._known[id(item)] = _Known(item, node, (*way, step, *path), initial)
+
+    def settle(self, value: Any) -> None:
+        """Reach a value now that was only known by the way to it."""
+        known = self._known.get(id(value))
+        if known is not None and known.value is value and known.path:
+            self.reach(known)
+
+    def reach_object(self, value: Any) -> fx.Node:
+        """The node of an object that is known, or of the module itself."""
+        if value is self._recorder.module:
+            return self._self_node()
+        return self.reach(self._known[id(value)])
+
+    def _self_node(self) -> fx.Node:
+        found = self._state_nodes.get("")
+        if found is None:
+            with self._at_top():
+                found = self._state_nodes[""] = self._graph.get_attr(SELF)
+            found.meta["where"], found.meta["source"] = locate()[0], "self"
+        return found
 
     def _trace_ints(self, node: fx.Node, value: Any, path: tuple[Step, ...] = ()) -> Any:
         """Ints that stand alone or in tuples come back traced; anything mutable is left as it is."""
@@ -121,7 +157,12 @@ class Values:
             raise Unsupported("uses a size that depends on tensor data")
 
     def reach(self, known: _Known) -> fx.Node:
-        node = self.step_into(known.node, known.path)
+        start = known.node
+        if start is None:
+            start = self._self_node()
+            if known.initial:
+                self._recorder.guard_text(f"self{''.join(map(str, known.path))} is not None")
+        node = self.step_into(start, known.path)
         known.node, known.path = node, ()
         _describe(node, known.value)
         return node
@@ -175,8 +216,35 @@ class Values:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return self._dataclass(value)
         if isinstance(value, type) or _importable(value):
-            return value
-        raise Unsupported(f"a {kind.__name__} made inside the forward")
+            return self._graph.call_function(Constant(value))
+        if rebuildable(value):
+            check_own(value)
+        return self.make(value)
+
+    def stored(self, value: Any) -> Any:
+        """A value as another object holds it: a list or an object made by the forward keeps its identity."""
+        value_or_node = self._known.get(id(value))
+        if value_or_node is None and type(value) in (list, dict):
+            return self.make(value)
+        return self.argument(value)
+
+    def make(self, value: Any) -> fx.Node:
+        """An object that the forward has made, made anew in the graph as it is now, and followed from there on."""
+        kind = type(value)
+        if kind is list:
+            node = self._graph.call_function(list, ([self.stored(item) for item in value],))
+        elif kind is dict:
+            node = self._graph.call_function(dict, ([(key, self.stored(item)) for key, item in value.items()],))
+        elif rebuildable(value):
+            node = self._graph.call_function(
+                Rebuild(kind), (), {name: self.stored(item) for name, item in vars(value).items()}
+            )
+        else:
+            raise Unsupported(f"a {kind.__name__} made inside the forward")
+        node.meta["where"] = locate()[0]
+        self._known[id(value)] = _Known(value, node)
+        self._recorder.effects.watch(value, f"a {kind.__name__}", given=False)
+        return node
 
     def _dataclass(self, value: Any) -> fx.Node:
         if any(not f.init for f in dataclasses.fields(value)):
@@ -190,18 +258,24 @@ class Values:
     # -- tensors that belong to modules ------------------------------------------------------------------------------
 
     def _from_module(self, tensor: Tensor) -> fx.Node:
-        module = self._recorder.module
-        path = find_attribute(module, tensor)
+        path = self._recorder.effects.own_name(tensor) or find_attribute(self._recorder.module, tensor)
         if path is None:
             raise Unsupported("uses a tensor that neither this forward nor this module made")
-        if path not in self._state_nodes:
-            self._state_nodes[path] = self._get_attr(path, tensor)
-        return self._state_nodes[path]
+        node = self._get_attr(path, tensor)
+        if path in self._recorder.module.__dict__:
+            self._recorder.guard_text(f"self.{path} is not None")
+        self._known[id(tensor)] = _Known(tensor, node)
+        return node
+
+    def _at_top(self) -> Any:
+        first = next((n for n in self._graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+        return self._graph.inserting_before(first) if first is not None else self._graph.inserting_after()
 
     def _get_attr(self, path: str, tensor: Tensor) -> fx.Node:
-        # Read at the top of the graph, after the arguments: a parameter does not change inside a forward.
-        first = next((n for n in self._graph.nodes if n.op not in ("placeholder", "get_attr")), None)
-        with self._graph.inserting_before(first) if first is not None else self._graph.inserting_after():
+        # Read at the top of the graph, after the arguments: a parameter does not change inside a forward. A buffer
+        # may, by a child that was called before.
+        stays = isinstance(tensor, nn.Parameter) or not self._recorder.effects.may_have_changed(path)
+        with self._at_top() if stays else contextlib.nullcontext():
             name = path.replace(".", "_")
             if "[" in path:
                 holder, index = path[:-1].split("[")
@@ -234,6 +308,11 @@ class _Part(Leaf):
     def source(self) -> str | None:
         root = self.node.meta.get("source")
         return None if root is None else root + "".join(map(str, self.path))
+
+
+def _has_identity(value: Any, path: tuple[Step, ...]) -> bool:
+    """Whether a part of a value is known by its identity: tensors and containers, but no tuple inside another value."""
+    return isinstance(value, Tensor) or (parts(value) is not None and (not isinstance(value, tuple) or not path))
 
 
 def _describe(node: fx.Node, value: Any) -> None:

@@ -98,6 +98,34 @@ class Apply:
         return self.function.apply(*args, **kwargs)
 
 
+class Rebuild:
+    """Make a plain object of a class anew from its attributes, as a function of a graph."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.__name__ = f"new_{kind.__name__}"
+        self.__module__ = __name__
+        self.__qualname__ = self.__name__
+
+    def __call__(self, /, **attributes: Any) -> Any:
+        made = object.__new__(self.kind)
+        made.__dict__.update(attributes)
+        return made
+
+
+class Constant:
+    """A class or a function that a graph hands on, as a function of a graph."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.__name__ = f"the_{value.__name__}"
+        self.__module__ = __name__
+        self.__qualname__ = self.__name__
+
+    def __call__(self) -> Any:
+        return self.value
+
+
 class Setter:
     """``tensor.name = value`` as a function of a graph."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import _pop_mode_temporarily
 
+from qgraph.capture.arguments import SELF
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import Running, SiteMode, run_opaque
 from qgraph.capture.session import active, capturing, current
@@ -72,6 +73,7 @@ def _make_class(cls: Any) -> type:
 
     namespace = {
         "forward": forward,
+        SELF: property(lambda self: self),
         "named_children": named_children,
         "__reduce_ex__": reduce,
         "__module__": cls.__module__,

@@ -20,10 +20,11 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from qgraph.capture import calls
 from qgraph.capture.arguments import Values
+from qgraph.capture.effects import Effects
 from qgraph.capture.guards import Guard, check
 from qgraph.capture.operands import OperandTracker
 from qgraph.capture.source import locate
-from qgraph.capture.structure import Unsupported, changed, identities, signature
+from qgraph.capture.structure import Unsupported, signature
 from qgraph.capture.values import Expression, Leaf, is_traced, plain, traced
 
 if TYPE_CHECKING:
@@ -55,10 +56,11 @@ class Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self.graph._graph_namespace.create_name("self", None)  # generated code calls the module so
         self.values = Values(self)
+        self.effects = Effects(self)
         self.guards: dict[str, Guard] = {}
         self.late_guards = 0
         self.inside = 0  # > 0 while the mode is on and the forward's own code runs
-        self._watched: list[tuple[str, Any, list[Any]]] = []
+        self._lists: list[tuple[str, Any, list[Any]]] = []
         self._grad_modes: list[fx.Node] = []
         self._autocasts: dict[int, fx.Node] = {}
         self._rng: Any = None
@@ -105,6 +107,7 @@ class Recorder(TorchFunctionMode):
     def suspended(self) -> Iterator[None]:
         """Step aside while a child module or an opaque function runs."""
         self._check_random()
+        self._flush()
         inside, self.inside = self.inside, 0
         try:
             with _pop_mode_temporarily():
@@ -126,13 +129,16 @@ class Recorder(TorchFunctionMode):
             self.operands.enter(name, value)
             given[name] = self.values.input(node, value)
             if not isinstance(value, Tensor):
-                self._watched.append((name, value, identities(value)))
+                self.effects.watch(value, f"its argument {name}", given=True)
         values = list(given.values())
         return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
     def _finish(self, result: Any) -> None:
         self._check_random()
-        self._check_changes()
+        self._check_lists()
+        self._flush()
+        with torch._C.DisableTorchFunction():
+            self.effects.release()
         if not self.recording:
             return
         try:
@@ -284,6 +290,10 @@ class Recorder(TorchFunctionMode):
             return
         self._check(check, (expression.emit(self.graph), value, where))
 
+    def guard_text(self, source: str) -> None:
+        """Note a condition on what the call finds, as Python text over the arguments and `self`."""
+        self.guards.setdefault(source, Guard(source, locate()[0]))
+
     def _check(self, function: Callable[..., None], args: tuple[Any, ...]) -> None:
         """A guard inside the graph; the last argument is its place in the user's code."""
         node = self.graph.call_function(function, args)
@@ -336,6 +346,7 @@ class Recorder(TorchFunctionMode):
         try:
             if path is None:
                 raise Unsupported(f"calls a {type(module).__name__} that is not its child")
+            self.effects.refresh()
             node_args, node_kwargs = self.values.argument(args), self.values.argument(kwargs)
             where, variable = locate()
             node = self.graph.create_node("call_module", path, tuple(node_args), node_kwargs, name=variable)
@@ -343,7 +354,10 @@ class Recorder(TorchFunctionMode):
             node.meta["holds_parameters"] = next(module.parameters(), None) is not None
             if not isinstance(result, Tensor):
                 self._check(check_structure, (node, signature(result), where))
-            return self.values.result(node, result, args, kwargs, versions, False)
+            seen = self.values.result(node, result, args, kwargs, versions, False)
+            if not isinstance(result, Tensor):
+                self.effects.watch(result, f"the result of {path}", given=False)
+            return seen
         except Unsupported as error:
             self.fail(str(error))
         except Exception as error:
@@ -351,29 +365,28 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _watch_module(self) -> None:
-        attributes = self.module.__dict__
-        for name, value in attributes.items():
-            if name not in ("_qgraph", "training") and not isinstance(value, Tensor):
-                mapping = name in ("_parameters", "_buffers", "_modules")
-                if mapping or value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):
-                    self._watched.append((f"self.{name}", value, list(_shallow(value))))
-        self._attributes = dict(attributes)
-
-    def _check_changes(self) -> None:
+        self.effects.watch_module(self.module)
         for name, value in self.module.__dict__.items():
-            if is_traced(value):
-                self.module.__dict__[name] = plain(value)
-            if name != "_qgraph" and value is not self._attributes.get(name, _MISSING):
-                before = self._attributes.get(name, _MISSING)
-                if not (isinstance(value, (int, float, str, bool)) and type(before) is type(value) and before == value):
-                    self.fail(f"assigns self.{name} in forward")
-        for name, value, before in self._watched:
-            if name.startswith("self."):
-                now = list(_shallow(value))
-                if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-                    self.fail(f"changes {name} in forward")
-            elif (path := changed(before, value)) is not None:
-                self.fail(f"changes its argument {name}{path}")
+            if name != "_qgraph" and isinstance(value, (list, dict)) and name != "_buffers":
+                self._lists.append((f"self.{name}", value, list(_shallow(value))))
+
+    def _flush(self) -> None:
+        """Write down what the forward has changed in objects so far."""
+        if not self.recording:
+            return
+        try:
+            with torch._C.DisableTorchFunction():
+                self.effects.flush()
+        except Unsupported as error:
+            self.fail(str(error))
+        except Exception as error:
+            self.fail(f"recording a change failed: {type(error).__name__}: {error}")
+
+    def _check_lists(self) -> None:
+        for name, value, before in self._lists:
+            now = list(_shallow(value))
+            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+                self.fail(f"changes {name} in forward")
 
     def _check_random(self) -> None:
         if self.recording and self._rng is not None and not _same_random(self._rng, _random_states()):
@@ -391,9 +404,6 @@ def _leaves(expression: Any) -> Iterator[Leaf]:
     else:
         for operand in getattr(expression, "operands", ()):
             yield from _leaves(operand)
-
-
-_MISSING = object()
 
 
 def _shallow(value: Any) -> Iterator[Any]:

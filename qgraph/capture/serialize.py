@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.capture.calls import Apply, Setter
+from qgraph.capture.calls import Apply, Constant, Rebuild, Setter
 
 _NAMESPACES = (
     "torch",
@@ -20,6 +20,7 @@ _NAMESPACES = (
     "builtins",
     "math",
 )
+_WRAPPERS: dict[str, Any] = {"apply": Apply, "rebuild": Rebuild, "constant": Constant}
 _META = ("where", "source", "parameter", "shape", "dtype", "holds_parameters", "qgraph")
 
 
@@ -86,6 +87,10 @@ def _dump_target(target: Any) -> Any:
         return ("set", target.name)
     if isinstance(target, Apply):
         return ("apply", target.function)
+    if isinstance(target, Rebuild):
+        return ("rebuild", target.kind)
+    if isinstance(target, Constant):
+        return ("constant", target.value)
     if isinstance(target, torch._ops.OpOverload):
         return ("op", target._name, target._overloadname)
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -103,8 +108,8 @@ def _load_target(target: Any) -> Any:
     kind = target[0]
     if kind == "set":
         return Setter(target[1])
-    if kind == "apply":
-        return Apply(target[1])
+    if kind in _WRAPPERS:
+        return _WRAPPERS[kind](target[1])
     if kind == "op":
         namespace, name = target[1].split("::")
         packet = getattr(getattr(torch.ops, namespace), name.split(".")[0])

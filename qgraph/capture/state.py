@@ -57,7 +57,8 @@ class Variant:
             return False
         attributes = module.__dict__
         for name, value in self.attributes.items():
-            if attributes.get(name) != value:
+            now = attributes.get(name)
+            if now is not value and (type(now) is not type(value) or now != value):
                 return False
         for name, fields in self.settings.items():
             if not _same_fields(attributes.get(name), fields):
@@ -66,7 +67,10 @@ class Variant:
             return True
         if self._condition is None:
             self._condition = self._compile_condition()
-        return self._condition(module, *call.values)
+        try:
+            return self._condition(module, *call.values)
+        except (AttributeError, IndexError, KeyError, TypeError):  # a part that the guards read is not there
+            return False
 
     @property
     def training(self) -> bool:

@@ -37,6 +37,12 @@ class Step:
     def get(self, value: Any) -> Any:
         return getattr(value, self.key) if self.attribute else value[self.key]
 
+    def put(self, holder: Any, value: Any) -> None:
+        if self.attribute:
+            setattr(holder, self.key, value)
+        else:
+            holder[self.key] = value
+
 
 def is_namedtuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(type(value), "_fields")
@@ -110,22 +116,6 @@ def aliases(values: tuple[Any, ...]) -> tuple[int, ...]:
     tensors = [item for value in values for _, item in walk(value) if isinstance(item, Tensor)]
     first = [next(j for j, other in enumerate(tensors) if other is tensor) for tensor in tensors]
     return () if all(i == j for i, j in enumerate(first)) else tuple(first)
-
-
-def identities(value: Any) -> list[Any]:
-    """The parts of a value as objects to compare by identity later: tells whether a forward changed its input."""
-    return [(path, item) for path, item in walk(value)]
-
-
-def changed(before: list[Any], value: Any) -> str | None:
-    """The first path whose part is not the one that it was, or None."""
-    after = identities(value)
-    for (path, old), (new_path, new) in zip(before, after, strict=False):
-        if path != new_path or not same(old, new):
-            return "".join(map(str, path)) or "itself"
-    if len(before) != len(after):
-        return "".join(map(str, max(before, after, key=len)[-1][0]))
-    return None
 
 
 def same(old: Any, new: Any) -> bool:

@@ -228,7 +228,7 @@ class NumpyNoise(nn.Module):
         return x
 
 
-@trap(rows(4), opaque=True)
+@trap(rows(4))
 class RunningMean(nn.Module):
     def __init__(self):
         super().__init__()
