@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -348,19 +347,14 @@ def _train(model: nn.Module, recipe: Recipe, data: _Data, after_epoch: Callable[
 
 def _export(model: nn.Module, config: str, path: Path, example: Tensor) -> float:
     """Write the file; returns the bits per weight in it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.onnx on its own internals
-        if config != FULL_PRECISION:
-            return qgraph.export(model, path, (example,), progress=False).bits_per_weight
-        batch = torch.export.Dim("batch", min=1)
+    if config != FULL_PRECISION:
+        return qgraph.export(model, path, (example,), progress=False).bits_per_weight
+    from qgraph.exporters.trace import quiet
+
+    batch = torch.export.Dim("batch", min=1)
+    with quiet():
         torch.onnx.export(
-            model,
-            (example,),
-            path,
-            dynamo=True,
-            dynamic_shapes=({0: batch},),
-            external_data=False,
-            verbose=False,
+            model, (example,), path, dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False
         )
     return 32.0
 

@@ -37,7 +37,8 @@ class QuantSpec:
         Which values share a scale. A weight takes tensor, channel (one group per output channel) or block
         (runs of `group_size` along the contracted dimensions); an activation takes tensor, token or block.
     group_size : int, optional
-        The length of a block; given with "block" and only then.
+        The length of a block; given with "block" and only then. The last block of a row may be shorter, and
+        a row that is no longer than a block is one group.
     method : "ddt", "ste" or "lsq"
         The denoising transform, plain straight-through rounding, or a learned step size.
     scale : "minmax" or "absmean"
