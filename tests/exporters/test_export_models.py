@@ -143,6 +143,30 @@ def test_a_batch_of_one_is_dynamic_all_the_same(tmp_path):
     assert differ(net(x), run(tmp_path / "m.onnx", x=x)[0]) < TOLERANCE
 
 
+class Loop(nn.Module):
+    """Its length decides how often Python goes round, so a file has one length."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(8, 8)
+
+    def forward(self, x):
+        h = torch.zeros_like(x[:, 0])
+        for i in range(x.shape[1]):
+            h = self.cell(x[:, i], h)
+        return h
+
+
+def test_a_size_that_is_a_constant_is_reported_as_one(tmp_path):
+    x = torch.randn(2, 4, 8)
+    net = qgraph.prepare(Loop(), "W4", (x,)).eval()
+    report = export(net, tmp_path / "m.onnx", (x,))
+    assert report.dynamic == ("x: 0=batch",)
+    assert any("not dynamic: x: 0=batch, 1=sequence" in note for note in report.notes)
+    x = torch.randn(5, 4, 8)
+    assert differ(net(x), run(tmp_path / "m.onnx", x=x)[0]) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     "shapes",
     [
