@@ -57,11 +57,12 @@ class Groups:
 
     @staticmethod
     def for_activation(spec: QuantSpec | None, conv: bool) -> Groups:
-        """Groups of an activation: a row is a token, at a convolution a sample (dimension 0)."""
+        """Groups of an activation: a row is a token, cut in blocks where the spec says so; at a convolution a sample."""
         if spec is not None and spec.granularity == "tensor":
             return Groups("tensor")
-        block = spec.group_size if spec is not None and spec.granularity == "block" else None
-        return Groups("channel", 0, block) if conv else Groups("token", 0, block)
+        if conv:
+            return Groups("channel", 0)
+        return Groups("token", 0, spec.group_size if spec is not None and spec.granularity == "block" else None)
 
     def to_rows(self, x: Tensor) -> Tensor:
         """Lay `x` out as (rows, row length), in logical order; a view where strides allow."""

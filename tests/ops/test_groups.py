@@ -65,7 +65,7 @@ def test_a_contiguous_tensor_is_not_copied():
         ("tensor", Groups("tensor", 1), Groups("tensor"), Groups("tensor")),
         ("channel", Groups("channel", 1), Groups("token"), Groups("channel", 0)),
         ("token", Groups("token"), Groups("token"), Groups("channel", 0)),
-        ("block", Groups("channel", 1, 8), Groups("token", 0, 8), Groups("channel", 0, 8)),
+        ("block", Groups("channel", 1, 8), Groups("token", 0, 8), Groups("channel", 0)),
     ],
 )
 def test_groups_of_specs(granularity, weight, linear, conv):
