@@ -221,6 +221,13 @@ class Values:
             check_own(value)
         return self.make(value)
 
+    def introduce(self, args: Any, kwargs: Any) -> None:
+        """Make the plain objects among a child's arguments that the forward has made, as they are before the child."""
+        for value in (*args, *kwargs.values()):
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if id(item) not in self._known and type(item).__module__ != "builtins" and rebuildable(item):
+                    self.argument(item)
+
     def stored(self, value: Any) -> Any:
         """A value as another object holds it: a list or an object made by the forward keeps its identity."""
         value_or_node = self._known.get(id(value))

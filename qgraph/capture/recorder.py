@@ -104,10 +104,11 @@ class Recorder(TorchFunctionMode):
             self.inside -= 1
 
     @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Step aside while a child module or an opaque function runs."""
+    def suspended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Step aside while a child module or an opaque function runs on these arguments."""
         self._check_random()
         self._flush()
+        self._note(self.values.introduce, args, kwargs)
         inside, self.inside = self.inside, 0
         try:
             with _pop_mode_temporarily():
@@ -372,15 +373,18 @@ class Recorder(TorchFunctionMode):
 
     def _flush(self) -> None:
         """Write down what the forward has changed in objects so far."""
+        self._note(self.effects.flush)
+
+    def _note(self, write: Callable[..., None], *values: Any) -> None:
         if not self.recording:
             return
         try:
             with torch._C.DisableTorchFunction():
-                self.effects.flush()
+                write(*values)
         except Unsupported as error:
             self.fail(str(error))
         except Exception as error:
-            self.fail(f"recording a change failed: {type(error).__name__}: {error}")
+            self.fail(f"recording objects failed: {type(error).__name__}: {error}")
 
     def _check_lists(self) -> None:
         for name, value, before in self._lists:

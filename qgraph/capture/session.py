@@ -101,7 +101,7 @@ class Session:
         if path is None and STATE not in module.__dict__ and next(module.parameters(), None) is None:
             return original(module, *args, **kwargs)  # a helper made on the fly: part of the caller's own forward
         plain_args, plain_kwargs = plain(args), plain(kwargs)
-        with parent.suspended():
+        with parent.suspended(plain_args, plain_kwargs):
             versions = parent.values.versions(plain_args, plain_kwargs)
             self._announced = module
             result = original(module, *plain_args, **plain_kwargs)
@@ -114,7 +114,7 @@ class Session:
         if parent is None:
             return original(*args, **kwargs)
         plain_args, plain_kwargs = plain(args), plain(kwargs)
-        with parent.suspended():
+        with parent.suspended(plain_args, plain_kwargs):
             versions = parent.values.versions(plain_args, plain_kwargs)
             result = original(*plain_args, **plain_kwargs)
         with torch._C.DisableTorchFunction():

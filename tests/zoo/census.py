@@ -69,10 +69,11 @@ class Census(TorchDispatchMode):
             self._know(tensor, made)
         return result
 
-    def quantized(self, tensor: Tensor) -> None:
-        """A weight quantizer gave this out."""
-        origin = self._origin(tensor)
-        self._know(tensor, _Origin(origin.parameters, frozenset(), origin.data))
+    def quantized(self, tensor: Tensor, made_of: Any) -> None:
+        """A quantizer made this of its inputs, perhaps by kernels that torch does not see."""
+        found = [self._origin(t) for t in _tensors(made_of)]
+        names = frozenset().union(*(o.parameters for o in found))
+        self._know(tensor, _Origin(names, frozenset(), any(o.data for o in found)))
 
     def _count(self, name: str, args: tuple[Any, ...]) -> None:
         weights = [self._origin(args[i]) for i in _LAYERS.get(name, ())]
@@ -100,7 +101,7 @@ def counting(model: nn.Module, inputs: Any, quantizers: tuple[type[nn.Module], .
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(module, quantizers) and isinstance(output, Tensor):
-            census.quantized(output)
+            census.quantized(output, args)
 
     handle = nn.modules.module.register_module_forward_hook(hook)
     try:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 import qgraph
 from qgraph.graph import coverage, sites
-from qgraph.modules import Sparsifier, WeightQuantizer
+from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
 from tests.zoo.census import counting
 
 CONFIG = "A4W2"
@@ -94,7 +94,7 @@ def check(name: str, model: nn.Module, calls: list[dict[str, Any]]) -> Found:
     found.prepare_seconds = time.perf_counter() - started
     _off(found, model, prepared, calls)
     _on(found, model, prepared, calls)
-    _objects(found, model, prepared, calls[0])
+    _objects(found, model, prepared, calls)
     if not _repeatable(model, calls[0]):
         found.failures = [f for f in found.failures if not f.startswith("off")]
     report = coverage(prepared)
@@ -150,12 +150,15 @@ def _count(model: nn.Module, kwargs: dict[str, Any], training: bool) -> Any:
     model.train(training)
     seed()
     inputs = clone(kwargs)
-    with counting(model, inputs, (WeightQuantizer, Sparsifier)) as census:
+    with counting(model, inputs, (WeightQuantizer, Sparsifier, ActivationQuantizer)) as census:
         model(**inputs)
     return census
 
 
-def _objects(found: Found, model: nn.Module, prepared: nn.Module, kwargs: dict[str, Any]) -> None:
+def _objects(found: Found, model: nn.Module, prepared: nn.Module, calls: list[dict[str, Any]]) -> None:
+    kwargs, model = calls[0], copy.deepcopy(model)
+    for call in calls:  # what a run leaves in eager (hooks that do not pickle) is eager's own
+        run(model, call, False)
     if list(prepared.state_dict()) != list(model.state_dict()) or not isinstance(prepared, type(model)):
         found.failures.append("class or state_dict keys differ")
     expected, _ = run(prepared, kwargs, False)
