@@ -1,4 +1,4 @@
-"""The command line: `qgraph demo | inspect | export | verify | bench`, every one with `--json`.
+"""The command line: `qgraph demo | inspect | diff | export | verify | bench`, every one with `--json`.
 
 Parsing and printing live here, and nothing else: each command calls one public function. Imports stand inside
 the functions, so that `qgraph --help` answers at once.
@@ -29,7 +29,7 @@ INPUT = "an example input as SHAPE[:DTYPE], such as 1x3x32x32 or 2x16:int64; onc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for a file that is wrong, 2 for an error."""
+    """Run one command; returns the exit code: 0, 1 for a file that is wrong or differs, 2 for an error."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -66,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--config", help="prepare the model with this config first")
     inspect.add_argument("--graphs", action="store_true", help="print the captured graphs too")
     _takes_inputs(inspect)
+
+    diff = _command(commands, "diff", _diff, "which weights two models or files treat differently; 1 if any")
+    diff.add_argument("a", help=f"an .onnx file, or {FACTORY}")
+    diff.add_argument("b", help="the same")
 
     export = _command(commands, "export", _export, "a saved checkpoint as an ONNX file")
     export.add_argument("checkpoint", type=Path, help="what qgraph.save wrote")
@@ -164,6 +168,19 @@ def _inspect(options: argparse.Namespace) -> int:
         for path, code in found.graphs.items():
             print(f"\n# {path or 'the model itself'}\n{code}")
     return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from qgraph.inspection import inspect
+    from qgraph.inspection.difference import difference
+
+    a, b = (inspect(target if _is_file(target) else _model(target, [])[0]) for target in (options.a, options.b))
+    found = difference(a, b)
+    if options.json:
+        _print_json(found.to_dict())
+    else:
+        print(found)
+    return WRONG if found.changes else 0
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -51,6 +51,13 @@ def prepared():
     return qgraph.prepare(model, "A4W2", example), example
 
 
+def wider():
+    model = Net()
+    model.fc = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    model.conv = nn.Conv2d(1, 8, 5)
+    return model
+
+
 ready = net()
 """
 
@@ -101,6 +108,25 @@ def test_inspect_a_file(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and "fc" in out
     code, out, _ = run(capsys, "inspect", work / "net.onnx", "--json")
     assert json.loads(out)["kind"] == "onnx"
+
+
+def test_diff(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "diff", "zoo_of_cli:net", work / "net.onnx", "--json")
+    data = json.loads(out)
+    assert code == 1
+    assert [(change["site"], change["kind"]) for change in data["changes"]] == [
+        ("conv.weight", "spec"),
+        ("fc.weight", "spec"),
+    ]
+    assert data["bytes"][1] < data["bytes"][0] == (8 * 9 + 4 * 8) * 4
+    code, out, _ = run(capsys, "diff", "zoo_of_cli:net", work / "net.onnx")
+    assert "A4W2" in out and "2 weights differ" in out
+    code, out, _ = run(capsys, "diff", work / "net.onnx", work / "net.onnx")
+    assert code == 0
+    assert "0 weights differ, 2 are the same" in out
+    code, out, _ = run(capsys, "diff", "zoo_of_cli:net", "zoo_of_cli:wider")
+    assert code == 1
+    assert "shape" in out and "added" in out
 
 
 def test_export_then_verify(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +205,7 @@ def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
     assert "usage: qgraph" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "export", "verify", "bench"])
+@pytest.mark.parametrize("command", ["demo", "inspect", "diff", "export", "verify", "bench"])
 def test_every_command_takes_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_code:
         main([command, "--help"])
