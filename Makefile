@@ -48,7 +48,9 @@ clean:
 # torch first, in the build asked for, so that no other package pulls a different one.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(addprefix --extra-index-url ,$(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/pip install --quiet $(addprefix --extra-index-url ,$(TORCH_INDEX)) "$(TORCH)" || { echo \
+	  "$(TORCH) is on no configured index: pass TORCH_INDEX=<PyTorch's index of $(TORCH_BUILD) builds>," \
+	  "or TORCH_BUILD= for the plain release."; exit 1; }
 	$(BIN)/pip install --quiet "setuptools>=77.0.3" wheel
 	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[demo,test,lint]"
 	touch $@
