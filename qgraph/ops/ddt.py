@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec
+from qgraph.ops import ddt_cpu
 from qgraph.ops.codes import affine_scale, linear_scale, nonzero_scale, round_affine, round_linear, work_dtype
 
 
@@ -53,10 +54,12 @@ class DDT(torch.autograd.Function):
 
     @staticmethod
     def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        if ddt_cpu.applies(dense, sparse):
+            return ddt_cpu.forward(dense, sparse, spec)
         qc, stats = centred_codes(dense, sparse, spec)
-        step, _, _, mean, slope, _ = stats.split(1, dim=-1)
+        step, offset, _, mean_f, slope, _ = stats.split(1, dim=-1)
         gain = slope * step
-        y = torch.addcmul(mean, qc, gain) if spec.scheme == "affine" else qc.mul_(gain)
+        y = torch.addcmul(torch.addcmul(offset, mean_f, step), qc, gain) if spec.scheme == "affine" else qc.mul_(gain)
         return y.to(dense.dtype), stats
 
     @staticmethod
@@ -73,15 +76,17 @@ class DDT(torch.autograd.Function):
         dense, sparse, stats = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = differentiable_gradient(grads[0], dense, sparse, ctx.spec)
+        elif ddt_cpu.applies(dense, sparse) and type(grads[0]) is Tensor:
+            grad = ddt_cpu.gradient(grads[0], dense, sparse, stats, ctx.spec)
         else:
             grad = gradient(grads[0], dense, sparse, stats, ctx.spec)
         return grad, None, None
 
 
 def centred_codes(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """`qc` and the statistics (step, offset, mean q, mean x, a, V), shape (rows, groups, 6), of each group.
+    """`qc` and the statistics (step, offset, mean q, mean f, a, V), shape (rows, groups, 6), of each group.
 
-    Linear schemes have offset, mean q and mean x 0, and `qc` is q.
+    Linear schemes have offset, mean q and mean f 0, and `qc` is q.
     """
     wide = dense.to(work_dtype(dense.dtype))
     pruned = None if sparse is None else sparse.to(wide.dtype)
@@ -89,15 +94,15 @@ def centred_codes(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tupl
     q, noise = _codes_and_noise(wide, pruned, step, offset, spec)
     if offset is not None:
         mean_q = q.mean(dim=-1, keepdim=True)
-        mean_x = torch.addcmul(offset, mean_q + noise.mean(dim=-1, keepdim=True), step)
+        mean_f = mean_q + noise.mean(dim=-1, keepdim=True)
         q = q.sub_(mean_q)
     else:
-        mean_q = mean_x = offset = torch.zeros_like(step)
+        mean_q = mean_f = offset = torch.zeros_like(step)
     covariance = noise.mul_(q).mean(dim=-1, keepdim=True)
     variance = noise.copy_(q).mul_(q).mean(dim=-1, keepdim=True)  # the buffer is free by now
     ridge = _nonzero(variance + spec.lam)
     slope = (variance + covariance) / ridge
-    return q, torch.cat([step, offset, mean_q, mean_x, slope, ridge], dim=-1)
+    return q, torch.cat([step, offset, mean_q, mean_f, slope, ridge], dim=-1)
 
 
 def gradient(h: Tensor, dense: Tensor, sparse: Tensor | None, stats: Tensor, spec: QuantSpec) -> Tensor:

@@ -105,9 +105,9 @@ def _codes_of_piece(
     """Codes (float), scale and zero point of one piece; the latter two of shape (rows, groups, 1)."""
     if spec.method == "ddt":
         qc, stats = centred_codes(x if dense is None else dense, None if dense is None else x, spec)
-        size, _, mean_q, mean_x, slope, _ = stats.split(1, dim=-1)
+        size, offset, mean_q, mean_f, slope, _ = stats.split(1, dim=-1)
         q, scale = qc.add_(mean_q).round_(), slope * size
-        constant = mean_x - scale * mean_q
+        constant = torch.addcmul(offset, mean_f, size) - scale * mean_q
     elif spec.method == "lsq":
         q, _, scale, low = lsq_codes(x, required_step(step), spec, dense is not None)
         scale = scale + (q - q).sum(dim=-1, keepdim=True)  # a NaN among the codes has to show in the scale

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from ops_cases import SHAPES, groupings, seeds, sparsities, specs, values
 
-from qgraph.ops import fake_quantize, initial_step, quantize, reference, sparsify
+from qgraph.ops import ddt_cpu, fake_quantize, initial_step, quantize, reference, sparsify
 
 # float64 throughout: the two differ by rounding alone, of sums of some hundred terms of the size of h.
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
@@ -119,3 +120,21 @@ def test_double_backward_of_the_baselines(case):
         (first,) = torch.autograd.grad(function(w, spec, groups, step=step), w, h, create_graph=True)
         results.append(torch.autograd.grad(first.square().sum(), h)[0])
     close(*results, x)
+
+
+@given(cases(methods=("ddt",)), st.sampled_from((1, 1 << 19)))
+def test_cpu_passes_are_the_general_ones(case, chunk):
+    """Eager float32 on a CPU takes passes of its own; whatever the chunk, codes are the same and values close."""
+    spec, groups, x = case
+    x = x.float()
+    h = torch.linspace(-1, 1, x.numel()).reshape(x.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddt_cpu, "CHUNK", chunk)
+        w = x.clone().requires_grad_()
+        y = fake_quantize(w, spec, groups)
+        (grad,) = torch.autograd.grad(y, w, h)
+        patch.setattr(ddt_cpu, "applies", lambda *_: False)
+        expected = fake_quantize(w, spec, groups)
+        (expected_grad,) = torch.autograd.grad(expected, w, h)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-6 * scale_of(x))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
