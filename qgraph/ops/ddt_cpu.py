@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec
+from qgraph.ops import eager
 from qgraph.ops.codes import affine_scale, is_binary, linear_scale, nonzero_scale, round_linear, scale_is_mean
 
 # Values a chunk and thread: large enough to hide the calls, small enough for a buffer to be in cache and reused.
@@ -22,15 +23,9 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 def applies(dense: Tensor, sparse: Tensor | None) -> bool:
     """Whether the functions here may be used; else those of `ddt.py` are."""
-    return (
-        type(dense) in (Tensor, torch.nn.Parameter)
-        and dense.device.type == "cpu"
-        and dense.dtype in NARROW
-        and dense.is_contiguous()
-        and (sparse is None or (sparse.dtype == dense.dtype and sparse.is_contiguous()))
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
+    if sparse is None:
+        return dense.dtype in NARROW and eager.on_cpu(dense)
+    return dense.dtype == sparse.dtype and dense.dtype in NARROW and eager.on_cpu(dense, sparse)
 
 
 def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:

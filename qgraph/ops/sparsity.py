@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from qgraph.config import SparsitySpec
+from qgraph.ops import eager, selection
 from qgraph.ops.groups import Groups
+
+SEARCHED = 1 << 14  # from so many values on a search is faster than a selection
 
 
 def sparsify(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
@@ -41,6 +44,11 @@ def sparsity_mask(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
     - "block": the rows are tiled with `block_shape`, partial tiles at the edges included; all but
       `round(ratio * tiles)` of the tiles stay, those with the largest mean magnitude (L1 norm by size).
     """
+    return _mask(w, sparsity, groups).bool()
+
+
+def _mask(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
+    """The mask as ones and zeros, in float32 where that is cheaper: bool makes torch's loops several times slower."""
     if w.numel() == 0:
         return torch.ones_like(w, dtype=torch.bool)
     magnitude = w.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
@@ -59,7 +67,7 @@ class _Sparsify(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
         # A product is several times faster than torch.where, and shows an Inf that is pruned as NaN.
-        return w * sparsity_mask(w, sparsity, groups)
+        return w * _mask(w, sparsity, groups).to(w.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -81,17 +89,20 @@ def _keep_n_of_m(rows: Tensor, n: int, m: int) -> Tensor:
 
 
 def _among_first(magnitude: Tensor, n: int) -> Tensor:
-    """Whether less than n values of dimension 0 come before each one, by magnitude and then by index.
+    """Whether less than n values of dimension 0 come before each one, by magnitude and then by index; 1.0 or 0.0.
 
     Shifted comparisons of whole planes: several times as fast as a sort of many short runs.
     """
     magnitude = magnitude.contiguous()
-    before = torch.zeros_like(magnitude, dtype=torch.uint8)
-    for shift in range(1, magnitude.shape[0]):
-        later_first = magnitude[shift:] > magnitude[:-shift]
+    count = magnitude.shape[0]
+    order = torch.arange(count, dtype=torch.float32, device=magnitude.device)
+    before = order.view(-1, *[1] * (magnitude.dim() - 1)).expand(magnitude.shape).clone()
+    greater = torch.empty_like(before)
+    for shift in range(1, count):
+        later_first = torch.gt(magnitude[shift:], magnitude[:-shift], out=greater[shift:])
         before[:-shift] += later_first
-        before[shift:] += ~later_first
-    return before < n
+        before[shift:] -= later_first
+    return before.lt_(n)
 
 
 def _keep_tiles(rows: Tensor, block_shape: tuple[int, int], ratio: float) -> Tensor:
@@ -110,9 +121,13 @@ def _keep_tiles(rows: Tensor, block_shape: tuple[int, int], ratio: float) -> Ten
 
 
 def _largest(magnitude: Tensor, ratio: float) -> Tensor:
-    """Mask of all but the `round(ratio * n)` smallest values of a vector, at least one kept."""
+    """Mask of all but the `round(ratio * n)` smallest values of a vector, at least one kept; bool, or ones and zeros."""
     n = magnitude.shape[0]
     kept = max(1, n - round(ratio * n))
+    if n >= SEARCHED and magnitude.dtype == torch.float32 and eager.on_cpu(magnitude):
+        found = selection.largest(magnitude, kept)
+        if found is not None:
+            return found
     # Not kthvalue, which CUDA refuses under torch.use_deterministic_algorithms.
     threshold = magnitude.topk(kept, sorted=False).values.amin()
     above, level = magnitude > threshold, magnitude == threshold

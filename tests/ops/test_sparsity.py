@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ops_cases import SHAPES, groupings, seeds, sparsities, values
 
 from qgraph.config import QuantSpec, SparsitySpec
-from qgraph.ops import Groups, fake_quantize, quantize, reference, sparsify, sparsity_mask
+from qgraph.ops import Groups, fake_quantize, quantize, reference, selection, sparsify, sparsity_mask
 
 cases = st.sampled_from(SHAPES).flatmap(lambda s: st.tuples(st.just(s), groupings(s), seeds))
 
@@ -129,3 +129,35 @@ def test_pruned_weights_come_back(spec):
     if spec is not None:
         codes = quantize(sparsify(w, sparsity, groups), spec, groups, dense=w).codes
         assert torch.equal(codes != 0, target != 0)
+
+
+@pytest.mark.parametrize("kind", ["distinct", "many equal", "all equal", "mostly zero", "tiny", "one huge"])
+@pytest.mark.parametrize("share", [0.0001, 0.3, 0.5, 0.9, 1.0])
+def test_search_for_a_threshold(kind, share):
+    """Long vectors on a CPU: exactly as many as asked, the largest, and of equal ones the first."""
+    x = torch.randn(20_011, generator=torch.Generator().manual_seed(3)).abs()
+    if kind == "many equal":
+        x = x.mul(4).round().div(4)
+    elif kind == "all equal":
+        x = torch.full_like(x, 0.3)
+    elif kind == "mostly zero":
+        x = torch.where(x > 1.5, x, 0)
+    elif kind == "tiny":
+        x = x * 1e-42
+    elif kind == "one huge":
+        x[77] = 3e38
+    kept = max(1, round(share * x.numel()))
+    order = sorted(range(x.numel()), key=lambda i: (-float(x[i]), i))
+    expected = torch.zeros(x.numel(), dtype=torch.bool)
+    expected[order[:kept]] = True
+    assert torch.equal(selection.largest(x, kept).bool(), expected)
+    sparsity = SparsitySpec("unstructured", ratio=max(1e-6, min(1 - kept / x.numel(), 1 - 1e-6)))
+    assert torch.equal(sparsity_mask(-x, sparsity, Groups("channel")), expected) or kept in (1, x.numel())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_infinite_values_of_a_long_vector_are_kept(bad):
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(3))
+    x[[5, 19_999]] = bad
+    mask = sparsity_mask(x, SparsitySpec.parse("90%"), Groups("channel"))
+    assert mask[[5, 19_999]].all() and int(mask.sum()) == 2000

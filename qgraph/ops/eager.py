@@ -1,0 +1,15 @@
+"""Whether a tensor is a plain one on a CPU, outside compilation and tracing: where code may look at values, loop over
+chunks and write into buffers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def on_cpu(*tensors: Tensor) -> bool:
+    """Whether all `tensors` are plain, contiguous tensors of a CPU and nothing compiles or traces."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and all(
+        type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.is_contiguous() for x in tensors
+    )
