@@ -35,6 +35,7 @@ class Job:
     target: str
     say: Say
     notes: list[str]
+    float_kernels: bool = True
 
     @property
     def name(self) -> str:

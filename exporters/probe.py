@@ -26,6 +26,7 @@ from qgraph.exporters.ties import explain
 from qgraph.modules import ActivationForm, ActivationQuantizer
 
 TOLERANCE = 1e-5
+STRETCH = 1e-4  # inside the model: sums that cancel lose digits there which no output shows
 
 
 @dataclass(slots=True)
@@ -43,10 +44,10 @@ class Probed:
     outputs: list[np.ndarray] = field(default_factory=list)
     forced: tuple[Tensor, ...] = ()
 
-    def note(self, name: str, difference: float, what: str) -> None:
-        """Record a difference."""
+    def note(self, name: str, difference: float, what: str, tolerance: float = STRETCH) -> None:
+        """Record a difference, and the first one beyond its tolerance."""
         self.differences[name] = max(difference, self.differences.get(name, 0.0))
-        if self.first is None and not difference <= TOLERANCE:
+        if self.first is None and not difference <= tolerance:
             self.first = (name, f"{what} differs by {difference:.1e} of its largest value")
 
 
@@ -156,13 +157,13 @@ class _Quantizer:
         explained = explain(before, after, self._own(x, before), self.form)
         self.found.flips += explained.flips
         self.found.ties += explained.ties
-        self.found.note(self.site, explained.unexplained, "what this quantizer makes of its input")
+        self.found.note(self.site, explained.unexplained, "what this quantizer makes of its input", TOLERANCE)
         return after.to(output.dtype)
 
     def _own(self, x: Tensor, before: Tensor) -> Tensor:
         """torch's value to count flips against: that of its own run, up to the first flip that spread."""
         own = self.free[self.calls - 1] if self.calls <= len(self.free) else x
-        return own if relative_difference(own, before) <= TOLERANCE else x
+        return own if relative_difference(own, before) <= STRETCH else x
 
     def _record(self, x: Tensor) -> ActivationRecord | None:
         """The node of this call: a site that is called several times has several, in order."""

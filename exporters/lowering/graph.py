@@ -18,6 +18,7 @@ from qgraph.errors import ExportError
 from qgraph.exporters.lowering.activation import lower_activation
 from qgraph.exporters.lowering.builder import GraphBuilder
 from qgraph.exporters.lowering.linear import (
+    EXACT,
     block_sums,
     choose_kernel,
     emit_kernel,
@@ -61,7 +62,14 @@ class Lowered:
     nodes: list[ir.Node]  # all that were added
 
 
-def lower(model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value] | None = None) -> Lowered:
+def lower(
+    model: ir.Model,
+    collected: Collected,
+    target: str,
+    follow: dict[str, ir.Value] | None = None,
+    *,
+    float_kernels: bool = True,
+) -> Lowered:
     """Lower a traced graph in place.
 
     Parameters
@@ -73,19 +81,24 @@ def lower(model: ir.Model, collected: Collected, target: str, follow: dict[str, 
     target : {"standard", "ort"}
     follow : dict of values, optional
         Kept up to date, in place, where one of its values is replaced by another.
+    float_kernels : bool
+        Whether MatMulNBits may be used on float activations.
 
     Raises
     ------
     ExportError
         When the graph has a site that the eager run did not show.
     """
-    return _Lowering(model, collected, target, {} if follow is None else follow).run()
+    return _Lowering(model, collected, target, {} if follow is None else follow, float_kernels).run()
 
 
 class _Lowering:
     """State of one run: the builder, what is packed, and caches of values that several uses share."""
 
-    def __init__(self, model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value]) -> None:
+    def __init__(
+        self, model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value], float_kernels: bool
+    ) -> None:
+        self.float_kernels = float_kernels
         self.follow = follow
         self.graph = model.graph
         self.collected = collected
@@ -249,6 +262,8 @@ class _Lowering:
             record.notes.append(f"plain {node.op_type}: the model computes in {node.outputs[0].dtype}")
             return None
         kernel = choose_kernel(record.packed, axis, form)
+        if not isinstance(kernel, str) and kernel.accuracy == EXACT and not self.float_kernels:
+            kernel = "the 4-bit kernel for float activations rounded too much on the example"
         if isinstance(kernel, str):
             record.notes.append(f"plain {node.op_type}: {kernel}")
             return None

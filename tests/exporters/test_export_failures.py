@@ -18,6 +18,7 @@ from qgraph.exporters import onnx as exporter
 from qgraph.exporters import write
 from qgraph.exporters.onnx import export
 from qgraph.exporters.probe import relative_difference
+from qgraph.exporters.verify import WrongFile
 
 
 class Net(nn.Module):
@@ -257,6 +258,24 @@ def test_a_code_on_a_tie_may_go_the_other_way_and_no_other(push, accepted, tmp_p
     got = ort.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"input": TIE.numpy()})[0]
     off = np.abs(got - net.eval()(TIE).detach().numpy()).max(1) > 1e-4
     assert off.tolist() == [True, False, False, False, False, False]
+
+
+def test_a_kernel_that_rounds_too_much_gives_way_to_a_plain_product(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(3, 64)
+    net = qgraph.prepare(nn.Linear(64, 96), "W4", (x,))
+    build = exporter._build
+
+    def build_or_complain(job, *args):
+        built = build(job, *args)
+        if job.float_kernels:
+            assert "MatMulNBits" in built.report.layers[0].form
+            raise WrongFile("rounded too much", shape_only=False, rounding=True)
+        return built
+
+    monkeypatch.setattr(exporter, "_build", build_or_complain)
+    report = export(net, tmp_path / "m.onnx", (x,))
+    assert report.layers[0].form == "unpacked bits4" and "rounded too much" in report.layers[0].notes[0]
 
 
 class Packed(nn.Module):
