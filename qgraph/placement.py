@@ -58,7 +58,8 @@ class Owner:
             return None, None
         operand = placed.operand
         if placed.source.transposed and operand.axis is not None:
-            operand = replace(operand, axis=_other_axis(operand.axis))
+            swapped = _other_axis(operand.axis) if operand.swapped is None else operand.swapped
+            operand = replace(operand, axis=swapped)
         groups = groups_for_weight(config.weight, operand)
         sparsifier = quantizer = None
         if (sparsity := config.sparsity) is not None:

@@ -7,7 +7,7 @@ derives from is told by `Source`, which both compute by the same rules.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qgraph.ops import Groups
@@ -19,7 +19,8 @@ Role = Literal["input", "weight", "either"]
 class Operand:
     """One operand of a call: where it stands, what it is, and its output-channel axis when it is a weight.
 
-    `axis` None: the whole operand makes one output channel.
+    `axis` None: the whole operand makes one output channel. `swapped`: the axis of the same channels with the last two
+    dimensions exchanged, for operands of more than two.
     """
 
     position: int
@@ -27,14 +28,13 @@ class Operand:
     role: Role
     axis: int | None = 0
     index: int | None = None
+    swapped: int | None = None
 
     def get(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         value = args[self.position] if self.position < len(args) else kwargs.get(self.keyword)
         return value if self.index is None or value is None else value[self.index]
 
-    def put(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], new: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], new: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with this operand replaced."""
         if self.index is not None:
             old = args[self.position] if self.position < len(args) else kwargs[self.keyword]
@@ -100,9 +100,7 @@ def swaps_last_two(name: str, args: Sequence[Any], ndim: int) -> bool:
     return sorted(dims) == [ndim - 2, ndim - 1]
 
 
-def site_call(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]
-) -> SiteCall | None:
+def site_call(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall | None:
     """Read one call of a torch function by its name; None where it is not in the table."""
     reader = _TABLE.get(name)
     return reader(name, args, kwargs, ndim) if reader is not None else None
@@ -123,9 +121,7 @@ def _layer(axis: int, conv: bool, first: str = "input") -> Callable[..., SiteCal
     return read
 
 
-def _embedding(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]
-) -> SiteCall:
+def _embedding(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
     return SiteCall(name, (Operand(1, "weight", "weight", 0),))
 
 
@@ -136,26 +132,34 @@ def _bilinear(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Call
 
 def _matmul(left: int, keywords: tuple[str, str]) -> Callable[..., SiteCall]:
     def read(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
-        a, b = Operand(left, keywords[0], "either", 0), Operand(left + 1, keywords[1], "either", -1)
-        axes = [None if ndim(o.get(args, kwargs)) < 2 else o.axis for o in (a, b)]
-        pair = (
-            Operand(left, keywords[0], "either", axes[0]),
-            Operand(left + 1, keywords[1], "either", axes[1]),
-        )
+        rows, columns = Operand(left, keywords[0], "either", 0), Operand(left + 1, keywords[1], "either", -1)
+        pair = tuple(_of_rank(o, ndim(o.get(args, kwargs))) for o in (rows, columns))
         return SiteCall("matmul" if name.startswith("__") else name, pair)
 
     return read
 
 
-def _reflected_matmul(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]
-) -> SiteCall:
+def _of_rank(operand: Operand, ndim: int) -> Operand:
+    """A factor of a product: a vector makes one channel; in a batch of matrices channels are rows or columns of each."""
+    if ndim < 2:
+        return replace(operand, axis=None)
+    if ndim == 2:
+        return operand
+    return replace(operand, axis=-2, swapped=-1) if operand.axis == 0 else replace(operand, axis=-1, swapped=-2)
+
+
+def _grouped(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+    first = "input" if name == "grouped_mm_fallback" else "mat_a" if name == "grouped_mm" else "self"
+    second = "weight" if name == "grouped_mm_fallback" else "mat_b" if name == "grouped_mm" else "mat2"
+    weight = Operand(1, second, "weight", -1)
+    return SiteCall("grouped_mm", (Operand(0, first, "input"), _of_rank(weight, ndim(weight.get(args, kwargs)))))
+
+
+def _reflected_matmul(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
     return SiteCall("matmul", (Operand(1, "other", "either", 0), Operand(0, "self", "either", -1)))
 
 
-def _einsum(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]
-) -> SiteCall | None:
+def _einsum(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall | None:
     if not args or not isinstance(args[0], str):
         return None
     listed = len(args) == 2 and isinstance(args[1], (list, tuple))
@@ -175,21 +179,15 @@ def _einsum(
     return SiteCall("einsum", tuple(operands))
 
 
-def _recurrent(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]
-) -> SiteCall | None:
+def _recurrent(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall | None:
     # Padded: (input, hx, params, ...); packed: (data, batch_sizes, hx, params, ...). hx is a pair for an LSTM.
     at = 2 if isinstance(args[2], (list, tuple)) and isinstance(args[3], bool) else 3
     weights = [i for i, p in enumerate(args[at]) if ndim(p) == 2]
-    return SiteCall(
-        name, (Operand(0, "input", "input"), *(Operand(at, "params", "weight", 0, i) for i in weights))
-    )
+    return SiteCall(name, (Operand(0, "input", "input"), *(Operand(at, "params", "weight", 0, i) for i in weights)))
 
 
 def _cell(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
-    hidden = (
-        (Operand(1, "hx", "input", index=0),) if name.startswith("lstm") else (Operand(1, "hx", "input"),)
-    )
+    hidden = (Operand(1, "hx", "input", index=0),) if name.startswith("lstm") else (Operand(1, "hx", "input"),)
     weights = (Operand(2, "w_ih", "weight", 0), Operand(3, "w_hh", "weight", 0))
     return SiteCall(name, (Operand(0, "input", "input"), *hidden, *weights))
 
@@ -204,6 +202,7 @@ _TABLE: dict[str, Callable[..., SiteCall | None]] = {
     "bilinear": _bilinear,
     **{name: _matmul(0, ("input", "other")) for name in ("matmul", "__matmul__", "mm", "bmm", "mv", "inner")},
     "__rmatmul__": _reflected_matmul,
+    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
     **{name: _matmul(1, ("mat1", "mat2")) for name in ("addmm", "baddbmm", "addmv", "addbmm")},
     "einsum": _einsum,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -128,7 +129,7 @@ class Values:
     def _self_node(self) -> fx.Node:
         found = self._state_nodes.get("")
         if found is None:
-            with self._at_top():
+            with self.at_top():
                 found = self._state_nodes[""] = self._graph.get_attr(SELF)
             found.meta["where"], found.meta["source"] = locate()[0], "self"
         return found
@@ -190,6 +191,8 @@ class Values:
             return emit(value.expression, self._graph)
         if isinstance(value, Tensor):
             return self.node(value)
+        if isinstance(value, np.generic):
+            return value.item()
         if isinstance(value, _CONSTANTS):
             return value
         if type(value) is slice:
@@ -274,7 +277,8 @@ class Values:
         self._known[id(tensor)] = _Known(tensor, node)
         return node
 
-    def _at_top(self) -> Any:
+    def at_top(self) -> Any:
+        """Write the next nodes before all calls, after the arguments."""
         first = next((n for n in self._graph.nodes if n.op not in ("placeholder", "get_attr")), None)
         return self._graph.inserting_before(first) if first is not None else self._graph.inserting_after()
 
@@ -282,7 +286,7 @@ class Values:
         # Read at the top of the graph, after the arguments: a parameter does not change inside a forward. A buffer
         # may, by a child that was called before.
         stays = isinstance(tensor, nn.Parameter) or not self._recorder.effects.may_have_changed(path)
-        with self._at_top() if stays else contextlib.nullcontext():
+        with self.at_top() if stays else contextlib.nullcontext():
             name = path.replace(".", "_")
             if "[" in path:
                 holder, index = path[:-1].split("[")

@@ -23,7 +23,7 @@ DATA_READS = frozenset({
 HARMLESS = frozenset({"__repr__", "__format__", "__str__", "__hash__", "_is_view", "__dir__"})
 # The size of what these return depends on the values of their input.
 DATA_SHAPES = frozenset({
-    "nonzero", "unique", "unique_consecutive", "masked_select", "repeat_interleave", "argwhere", "bincount",
+    "nonzero", "unique", "unique_consecutive", "masked_select", "argwhere", "bincount",
     "_unique2", "nonzero_static", "where_indices", "combinations", "histogram",
 })  # fmt: skip
 SIZED_LISTS = frozenset({"unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "split_with_sizes"})
@@ -144,6 +144,8 @@ def boolean_index(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     name = name_of(function)
     if name == "where":
         return len(args) == 1
+    if name == "repeat_interleave":  # by tensors of counts alone is its length data
+        return len(args) < 2 or isinstance(args[1], Tensor)
     if name != "__getitem__":
         return False
     index = args[1] if isinstance(args[1], tuple) else (args[1],)

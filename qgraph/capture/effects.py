@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from qgraph.capture.source import locate
-from qgraph.capture.structure import Step, Unsupported, parts, same, walk
+from qgraph.capture.structure import Step, Unsupported, has_counters, parts, same, walk
 from qgraph.capture.values import is_traced, plain
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Effects:
                     values.settle(item)
 
     def _adopt(self, watched: _Watched, after: State) -> None:
-        before, watched.state = watched.state, after
+        before, watched.state = watched.state, {step: plain(value) for step, value in after.items()}
         for step, value in after.items():
             if not _same(before.get(step, _MISSING), value):
                 self.watch(value, f"{watched.name}{step}", watched.given)
@@ -211,7 +211,8 @@ def _refuse(watched: _Watched, step: Step, value: Any) -> None:
     """
     old = watched.state.get(step)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if watched.given and number and (old is None or isinstance(old, (int, float))):
+    counts = watched.given and number and (old is None or isinstance(old, (int, float)))
+    if counts and not has_counters(watched.value):
         raise Unsupported(f"counts in {watched.name}{step}")
     if isinstance(watched.value, nn.Module) and isinstance(value, (nn.Module, list, dict, set)):
         raise Unsupported(f"assigns {watched.name}{step}, a {type(value).__name__}")

@@ -20,10 +20,11 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from qgraph.capture import calls
 from qgraph.capture.arguments import Values
+from qgraph.capture.counters import Counters
 from qgraph.capture.effects import Effects
 from qgraph.capture.guards import Guard, check
 from qgraph.capture.operands import OperandTracker
-from qgraph.capture.source import locate
+from qgraph.capture.source import definition, locate
 from qgraph.capture.structure import Unsupported, signature
 from qgraph.capture.values import Expression, Leaf, is_traced, plain, traced
 
@@ -57,10 +58,12 @@ class Recorder(TorchFunctionMode):
         self.graph._graph_namespace.create_name("self", None)  # generated code calls the module so
         self.values = Values(self)
         self.effects = Effects(self)
+        self.counters = Counters(self)
         self.guards: dict[str, Guard] = {}
         self.late_guards = 0
         self.inside = 0  # > 0 while the mode is on and the forward's own code runs
         self._lists: list[tuple[str, Any, list[Any]]] = []
+        self._ended: str | None = None  # where the forward is written, once it is through
         self._grad_modes: list[fx.Node] = []
         self._autocasts: dict[int, fx.Node] = {}
         self._rng: Any = None
@@ -76,7 +79,8 @@ class Recorder(TorchFunctionMode):
     def fail(self, reason: str) -> None:
         """Give the graph up, for the first reason met; the run goes on."""
         if self.recording:
-            self.reason, self.reason_where = reason, locate()[0]
+            where = self._ended if self._ended is not None else locate()[0]
+            self.reason, self.reason_where = reason, where
 
     def run(
         self,
@@ -90,8 +94,14 @@ class Recorder(TorchFunctionMode):
             bound = self._placeholders(names, args, kwargs)
         self._watch_module()
         self._rng = _random_states()
-        with self._active(), self:
-            result = forward(self.module, *bound[0], **bound[1])
+        self.counters.show()
+        try:
+            with self._active(), self:
+                result = forward(self.module, *bound[0], **bound[1])
+        except BaseException:
+            self.counters.hide()
+            raise
+        self._ended = definition(forward)
         self._finish(result)
         return plain(result)
 
@@ -110,6 +120,7 @@ class Recorder(TorchFunctionMode):
         self._flush()
         self._note(self.values.introduce, args, kwargs)
         inside, self.inside = self.inside, 0
+        self.counters.hide()
         try:
             with _pop_mode_temporarily():
                 yield
@@ -131,6 +142,7 @@ class Recorder(TorchFunctionMode):
             given[name] = self.values.input(node, value)
             if not isinstance(value, Tensor):
                 self.effects.watch(value, f"its argument {name}", given=True)
+                self.counters.watch(node, value)
         values = list(given.values())
         return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
@@ -353,6 +365,7 @@ class Recorder(TorchFunctionMode):
             node = self.graph.create_node("call_module", path, tuple(node_args), node_kwargs, name=variable)
             node.meta["where"] = where
             node.meta["holds_parameters"] = next(module.parameters(), None) is not None
+            self.counters.show()
             if not isinstance(result, Tensor):
                 self._check(check_structure, (node, signature(result), where))
             seen = self.values.result(node, result, args, kwargs, versions, False)

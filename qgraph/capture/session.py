@@ -128,7 +128,9 @@ class Session:
         if not parent.recording:
             return result
         try:
-            return parent.add(target, args, kwargs, result, versions)
+            seen = parent.add(target, args, kwargs, result, versions)
+            parent.counters.show()
+            return seen
         except Unsupported as error:
             parent.fail(str(error))
             return result

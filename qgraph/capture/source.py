@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import itertools
@@ -13,6 +14,7 @@ import torch
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_PLUMBING = frozenset({contextlib.__file__, functools.__file__})
 _TORCH_LAYERS = os.path.join(_TORCH, "nn", "modules") + os.sep
 
 
@@ -26,7 +28,7 @@ def locate() -> tuple[str, str | None]:
             # The caller's frames belong to the parent: they tell the line, not the variable.
             if named is None:
                 named = frame
-        elif not path.startswith((_HERE, _TORCH, "<")):
+        elif not path.startswith((_HERE, _TORCH, "<")) and path not in _PLUMBING:
             return f"{path}:{frame.f_lineno}", _assigned(named or frame)
         elif named is None and path.startswith(_TORCH_LAYERS) and frame.f_code.co_name != "_call_impl":
             named = frame

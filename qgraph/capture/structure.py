@@ -99,11 +99,19 @@ def signature(value: Any, top: bool = True, depth: int = 0) -> Any:
     inner = parts(value)
     if inner is None:
         return (type(value).__name__, id(value))
-    immutable = top and isinstance(value, tuple)
+    ints = (top and isinstance(value, tuple)) or has_counters(value)
     return (
         type(value).__name__,
-        tuple((step.attribute, step.key, signature(item, immutable, depth + 1)) for step, item in inner),
+        tuple((step.attribute, step.key, signature(item, ints and not parts(item), depth + 1)) for step, item in inner),
     )
+
+
+def has_counters(value: Any) -> bool:
+    """Whether the ints among an object's attributes are inputs of a graph: a plain object that a forward may change."""
+    kind = type(value)
+    if isinstance(value, (tuple, list, dict, *_LEAVES)) or dataclasses.is_dataclass(value):
+        return False
+    return kind.__setattr__ is object.__setattr__ and parts(value) is not None
 
 
 def aliases(values: tuple[Any, ...]) -> tuple[int, ...]:

@@ -59,7 +59,8 @@ class Census(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self._count(name, args)
         found = [self._origin(t) for t in _tensors((args, kwargs))]
-        data = any(o.data for o in found)
+        # What a layer computes is an activation, even from parameters alone; a bare product of two makes a weight (LoRA).
+        data = any(o.data for o in found) or name in _LAYERS or name.startswith(("addmm", "baddbmm", "addmv"))
         made = _Origin(
             frozenset() if data else frozenset().union(*(o.parameters for o in found)),
             frozenset() if data else frozenset().union(*(o.floating for o in found)),

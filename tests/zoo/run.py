@@ -1,6 +1,8 @@
 """`make zoo`: every architecture in a process of its own, a table of what was found, and the same as JSON.
 
-    python -m tests.zoo.run [names...] [--json zoo.json] [--jobs 2] [--limit 120]
+    python -m tests.zoo.run [names or families...] [--json zoo.json] [--jobs 2] [--limit 120]
+
+The processes are forked from one that has imported the library already and has run nothing.
 """
 
 from __future__ import annotations
@@ -8,27 +10,28 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import traceback
 import warnings
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from tests.zoo.architectures import ARCHITECTURES
-from tests.zoo.checks import Found, check
-
-_MARK = "zoo-result:"
 
 
-def check_one(name: str) -> Found:
+def check_one(name: str) -> Any:
     """Build one architecture and run its checks, in this process."""
+    import torch
+
+    from tests.zoo.checks import check
+
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
     model = architecture.make().eval()
@@ -41,17 +44,33 @@ def check_one(name: str) -> Found:
 
 def check_apart(name: str, limit: float) -> dict[str, Any]:
     """The same in a process of its own, with a time limit."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.zoo.run", "--one", name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    from tests.zoo.checks import Found
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(name, sender), daemon=True)
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
-    except subprocess.TimeoutExpired:
-        return asdict(Found(name, [f"longer than {limit:.0f} s"]))
-    for line in done.stdout.splitlines():
-        if line.startswith(_MARK):
-            return json.loads(line.removeprefix(_MARK))
-    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return asdict(Found(name, [f"died: {last}"]))
+        found = receiver.recv() if receiver.poll(limit) else Found(name, [f"longer than {limit:.0f} s"])
+    except EOFError:
+        process.join()
+        found = Found(name, [f"the process died with code {process.exitcode}"])
+    process.kill()
+    process.join()
+    return asdict(found)
+
+
+def _child(name: str, sender: Connection) -> None:
+    from tests.zoo.checks import Found
+
+    warnings.simplefilter("ignore")
+    try:
+        found = check_one(name)
+    except Exception as error:
+        traceback.print_exc()
+        found = Found(name, [f"{type(error).__name__}: {error}"])
+    sender.send(found)
 
 
 def table(results: list[dict[str, Any]]) -> Table:
@@ -81,23 +100,19 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120, help="seconds a model")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        warnings.simplefilter("ignore")
-        try:
-            found = check_one(options.one)
-        except Exception as error:
-            traceback.print_exc()
-            found = Found(options.one, [f"{type(error).__name__}: {error}"])
-        print(_MARK + json.dumps(asdict(found)))
-        return 0
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    import torch
+    import transformers.modeling_utils  # noqa: F401  the costly import, once for all processes
+
+    torch.set_num_threads(1)
     names = [n for n, a in ARCHITECTURES.items() if not options.names or {n, a.family} & set(options.names)]
+    results = []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        results = []
         for found in pool.map(lambda name: check_apart(name, options.limit), names):
             results.append(found)
-            print(found["name"], "; ".join(found["failures"]) or "pass", file=sys.stderr, flush=True)
+            state = "; ".join(found["failures"]) or "pass"
+            print(f"{found['name']}: {state} {found['opaque'] or ''}", file=sys.stderr, flush=True)
     Console(width=None if sys.stdout.isatty() else 200).print(table(results))
     if options.json:
         options.json.write_text(json.dumps({"torch": torch.__version__, "models": results}, indent=1))
