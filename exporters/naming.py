@@ -118,16 +118,16 @@ def thin_names(nodes: Iterable[ir.Node]) -> None:
     last: dict[str, ir.Node] = {}
     nodes = [node for node in nodes if node.graph is not None]
     for node in nodes:
-        last[_stem(node.name or "")] = node
+        last[stem(node.name or "")] = node
     for node in nodes:
-        stem = _stem(node.name or "")
-        if last[stem] is node:
-            node.name = stem if "/" not in (node.name or "") else node.name
+        name = stem(node.name or "")
+        if last[name] is node:
+            node.name = name if "/" not in (node.name or "") else node.name
         elif node.domain == "":
             node.name = None
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
     """``fc.weight.unpack`` of ``fc.weight.unpack_3``, ``fc.input`` of ``fc.input/Round``."""
     return name.rpartition("/")[0] or re.sub(r"_\d+$", "", name)
 

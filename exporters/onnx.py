@@ -21,6 +21,7 @@ from qgraph.exporters.assemble import assemble, describe
 from qgraph.exporters.job import Job, Say, check_arguments, prepare_job, unwrapped
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
 from qgraph.exporters.naming import merge_reshapes, module_outputs, rename, restore_parameters, shorten, thin_names
+from qgraph.exporters.outline import outline, steps_of
 from qgraph.exporters.report import ExportReport, metadata
 from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
 from qgraph.exporters.signature import run_eagerly
@@ -86,6 +87,11 @@ def export(
         built = _first_that_works(job, plans, folder, path, verify, given=dynamic_shapes is not None)
         size = move_into_place(folder / path.name, path)
     return describe(built.report, file_bytes=size, verified=built.verified)
+
+
+# A file above these many bytes for each byte of content, and beside it, has its repeated nodes written once; not a
+# `standard` one, which holds operators of ONNX alone.
+NODE_SHARE, NODE_BYTES = 1.02, 16 * 1024
 
 
 @dataclass(slots=True)
@@ -159,12 +165,20 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     report = _report(job, model, lowered, plan, notes, path, own)
     merge_reshapes(model.graph)
     remove_unused(model.graph)
+    steps = steps_of(lowered.nodes)
     thin_names(lowered.nodes)
     shorten(model.graph)
     _stamp(model, report)
     file = folder / path.name
     job.say("writing")
     save(model, file)
+    if job.target == "ort" and file.stat().st_size > NODE_SHARE * report.ideal_bytes + NODE_BYTES:
+        replaced = outline(model, steps)
+        layers = {path: replaced.get(id(value), value) for path, value in layers.items()}
+        for record in lowered.activations:
+            record.before = replaced.get(id(record.before), record.before)
+            record.after = replaced.get(id(record.after), record.after)
+        save(model, file)
     check(file)
     verified = _verify(job, plan, file, folder, model, lowered, layers) if verify else None
     return _Built(report, verified)

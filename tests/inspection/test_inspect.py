@@ -233,12 +233,12 @@ def test_activations_only_say_why_the_weights_are_float():
 def test_opaque_modules_are_named_with_reason_and_line():
     found = qgraph.inspect(prepared_case("branching"))
     assert {o.path for o in found.coverage.opaque} == {""}
-    line = next(line for line in str(found).splitlines() if line.startswith("stays Python"))
+    line = next(line for line in found.text(250).splitlines() if line.startswith("stays Python"))
     assert line.startswith("stays Python (eval and train): the model (Branching): reads tensor data in Python")
     assert "models.py:" in line
     assert by_site(found)["w"].captured is False and by_site(found)["w"].error_db > 10
-    assert "* in no graph, quantized while Python runs: 1: w" in str(found)
-    assert "* not run in the captured calls: 1: b.weight" in str(found)
+    assert "* in no graph, quantized while Python runs: 1: w" in found.text(250)
+    assert "* not run in the captured calls: 1: b.weight" in found.text(250)
 
 
 def test_guard_misses_are_counted():
