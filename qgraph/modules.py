@@ -190,7 +190,7 @@ class Sparsifier(nn.Module):
         if _run.collected is not None:
             _run.collected.sparsity[self.site] = self.sparsity
             if self.alone:
-                _run.collected.weights[self.site] = Quantized.pruned(pruned.detach(), self.groups)
+                _run.collected.weights[self.site] = quantize(pruned.detach(), None, self.groups, dense=weight)
         return pruned
 
     def extra_repr(self) -> str:

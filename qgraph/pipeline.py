@@ -113,9 +113,7 @@ class Pipeline:
             raise PassError(f"{type(prepared).__name__} is not prepared: call qgraph.prepare on it first.")
         shared = prepared.__dict__[STATE].shared
         variants = [
-            (state.owner(module), variant)
-            for _, module, state in states(prepared)
-            for variant in state.variants
+            (state.owner(module), variant) for _, module, state in states(prepared) for variant in state.variants
         ]
         before = [dump_graph(variant.graph) for _, variant in variants]
         modified = False
@@ -192,9 +190,7 @@ class Pipeline:
             taken = [f.name for f in fields(by_name[name])]  # type: ignore[arg-type]
             unknown = [key for key in pairs if key not in taken]
             if unknown:
-                raise PassError(
-                    f"pass {name} has no option {unknown[0]!r}; it takes {', '.join(taken) or 'none'}."
-                )
+                raise PassError(f"pass {name} has no option {unknown[0]!r}; it takes {', '.join(taken) or 'none'}.")
             passes.append(by_name[name](**pairs))
         return Pipeline(tuple(passes))
 
