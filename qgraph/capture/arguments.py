@@ -124,6 +124,8 @@ class Values:
         """The node of an object that is known, or of the module itself."""
         if value is self._recorder.module:
             return self._self_node()
+        if isinstance(value, nn.Module):
+            return self._graph.get_attr(self._recorder.effects.child_paths[id(value)])
         return self.reach(self._known[id(value)])
 
     def _self_node(self) -> fx.Node:

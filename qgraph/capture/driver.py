@@ -49,8 +49,10 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], b
     """One recorded run; where recording itself is what fails, one that only notes the sites."""
     try:
         with torch.enable_grad(), capturing(quantize=False) as session:
-            model(*_copies(args), **_copies(kwargs))
-        session.rewrite()
+            try:
+                model(*_copies(args), **_copies(kwargs))
+            finally:  # children that were through before an error keep their graphs, and no graph stays as recorded
+                session.rewrite()
     except QGraphError:
         raise
     except Exception as error:

@@ -44,6 +44,7 @@ class Effects:
         self._recorder = recorder
         self._module: Any = None
         self._children_called = False
+        self.child_paths: dict[int, str] = {}
         self._watched: dict[int, _Watched] = {}
 
     def watch(self, value: Any, name: str, given: bool) -> None:
@@ -63,6 +64,13 @@ class Effects:
                 self._recorder.values.learn_part(module, step, value, initial=True)
                 self.watch(value, f"self.{step.key}", given=True)
 
+    def watch_child(self, module: nn.Module, path: str) -> None:
+        """Follow the attributes of a child that the forward's own code is about to change."""
+        if id(module) not in self._watched:
+            state = module_parts(module)
+            self._watched[id(module)] = _Watched(module, f"self.get_submodule({path!r})", state, True, state)
+            self.child_paths[id(module)] = path
+
     def flush(self) -> None:
         """Write down what the forward's own code has changed since the last time."""
         changes = list(self._changes())
@@ -73,8 +81,8 @@ class Effects:
             for step, value in after.items():
                 if not _same(watched.state.get(step, _MISSING), value):
                     _refuse(watched, step, value)
-            if watched is self._module:
-                self._guard_module(after)
+            if isinstance(watched.value, nn.Module):
+                self._guard_module(watched, after)
             _EMITTERS[_kind(watched.value)](self, node, watched, after)
             self._adopt(watched, after)
 
@@ -129,17 +137,16 @@ class Effects:
             if not _same(before.get(step, _MISSING), value):
                 self.watch(value, f"{watched.name}{step}", watched.given)
 
-    def _guard_module(self, after: State) -> None:
+    def _guard_module(self, watched: _Watched, after: State) -> None:
         """What a graph assigns to its module, it found there as it was: the next call may come after the assignment."""
-        initial = self._module.initial
-        for step in {**self._module.state, **after}:
-            before = initial.get(step, _MISSING)
+        for step in {**watched.state, **after}:
+            before = watched.initial.get(step, _MISSING)
             if _same(before, after.get(step, _MISSING)):
                 continue
             if before is _MISSING:
-                self._recorder.guard_text(f"not hasattr(self, {step.key!r})")
+                self._recorder.guard_text(f"not hasattr({watched.name}, {step.key!r})")
             else:
-                self._recorder.guard_text(f"self{step} is {'' if before is None else 'not '}None")
+                self._recorder.guard_text(f"{watched.name}{step} is {'' if before is None else 'not '}None")
 
     def _call(self, function: Callable[..., Any], *args: Any) -> None:
         node = self._recorder.graph.call_function(function, args)

@@ -25,8 +25,8 @@ _originals: dict[tuple[Any, str], Any] = {}
 
 @contextlib.contextmanager
 def patched(current: Callable[[], Any]) -> Iterator[None]:
-    """While a capture runs, calls of modules and of autograd functions, autocast, functional calls and vmap report to
-    the session of their thread.
+    """While a capture runs, calls of modules and of autograd functions, autocast, functional calls, vmap and
+    assignments to modules report to the session of their thread.
 
     Parameters
     ----------
@@ -77,6 +77,14 @@ def _install(current: Callable[[], Any]) -> None:
             session.leave_autocast(context)
         return leave(context, *error)
 
+    set_attribute = nn.Module.__setattr__
+
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        session = current()
+        if session is not None:
+            session.assigning(module)
+        set_attribute(module, name, value)
+
     functional_call, vmap_level = stateless._functional_call, vmap._vmap_increment_nesting
 
     def call_functionally(*args: Any, **kwargs: Any) -> Any:
@@ -94,6 +102,7 @@ def _install(current: Callable[[], Any]) -> None:
     _replace(stateless, "_functional_call", call_functionally)
     _replace(vmap, "_vmap_increment_nesting", enter_vmap)
     _replace(nn.Module, "__call__", call_module)
+    _replace(nn.Module, "__setattr__", assign)
     _replace(torch.autograd.Function, "apply", classmethod(apply_function))
     _replace(torch.autocast, "__enter__", enter_autocast)
     _replace(torch.autocast, "__exit__", leave_autocast)

@@ -24,6 +24,7 @@ from qgraph.capture.counters import Counters
 from qgraph.capture.effects import Effects
 from qgraph.capture.guards import Guard, check
 from qgraph.capture.operands import OperandTracker
+from qgraph.capture.serialize import RESERVED, new_graph
 from qgraph.capture.source import definition, locate
 from qgraph.capture.structure import Unsupported, signature
 from qgraph.capture.values import Expression, Leaf, is_traced, plain, traced
@@ -54,8 +55,7 @@ class Recorder(TorchFunctionMode):
         self.quantize = quantize
         self.reason = reason
         self.reason_where = "<unknown>:0"
-        self.graph = fx.Graph()
-        self.graph._graph_namespace.create_name("self", None)  # generated code calls the module so
+        self.graph = new_graph()
         self.values = Values(self)
         self.effects = Effects(self)
         self.counters = Counters(self)
@@ -134,7 +134,7 @@ class Recorder(TorchFunctionMode):
         """A node for every argument (by name, in order); ints become traced ints."""
         given: dict[str, Any] = {}
         for name, value in zip(names, (*args, *kwargs.values()), strict=True):
-            node = self.graph.placeholder(name)
+            node = self.graph.placeholder(f"{name}_" if name in RESERVED else name)
             node.meta["source"] = node.name
             if isinstance(value, nn.Parameter):
                 node.meta["parameter"] = True

@@ -21,7 +21,16 @@ _NAMESPACES = (
     "math",
 )
 _WRAPPERS: dict[str, Any] = {"apply": Apply, "rebuild": Rebuild, "constant": Constant}
+RESERVED = ("self", "device", "torch", "inf", "nan", "NoneType")
 _META = ("where", "source", "parameter", "shape", "dtype", "holds_parameters", "qgraph")
+
+
+def new_graph() -> fx.Graph:
+    """An empty graph whose nodes leave the names alone that generated code uses itself."""
+    graph = fx.Graph()
+    for name in RESERVED:
+        graph._graph_namespace.create_name(name, None)
+    return graph
 
 
 def dump_graph(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -41,8 +50,7 @@ def dump_graph(graph: fx.Graph) -> list[dict[str, Any]]:
 
 def load_graph(records: list[dict[str, Any]]) -> fx.Graph:
     """The graph of `dump_graph`."""
-    graph = fx.Graph()
-    graph._graph_namespace.create_name("self", None)
+    graph = new_graph()
     nodes: dict[str, fx.Node] = {}
     for record in records:
         node = graph.create_node(

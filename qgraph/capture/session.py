@@ -135,6 +135,16 @@ class Session:
             parent.fail(str(error))
             return result
 
+    def assigning(self, module: nn.Module) -> None:
+        """A forward's own code is about to set an attribute of a module, perhaps of a child."""
+        recorder = self.recorder
+        if recorder is not None and recorder.recording and module is not recorder.module:
+            path = _relative_path(recorder.module, module)
+            if path is None and STATE in module.__dict__:
+                recorder.fail(f"assigns to a {type(module).__name__} that is not its child")
+            elif path is not None:
+                recorder.effects.watch_child(module, path)
+
     def enter_autocast(self, context: torch.autocast) -> None:
         if self.recorder is not None:
             self.recorder.enter_autocast(context)

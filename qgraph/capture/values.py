@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -230,6 +231,8 @@ class TracedInt(_Traced, torch.SymInt):
         return _Constant(self._specialize())
 
     def __index__(self): return self._specialize()  # fmt: skip
+
+    def __array__(self, dtype=None, copy=None): return np.asarray(self._specialize(), dtype)  # fmt: skip
 
     def __and__(self, other): return self._specialize() & plain(other)  # fmt: skip
 

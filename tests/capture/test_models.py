@@ -90,6 +90,32 @@ def test_lazy_capture_computes_what_an_early_one_does(name):
     assert {s.name for s in sites(early)} == {s.name for s in sites(late)}
 
 
+class TypeSensitive(torch.nn.Module):
+    """Fails while it is recorded, in the middle of its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.training and type(x.shape[0]) is not int:
+            raise ValueError("not an int")
+        return self.second(x)
+
+
+def test_a_forward_that_cannot_be_recorded_is_quantized_all_the_same():
+    x = torch.randn(2, 4)
+    prepared = qgraph.prepare(TypeSensitive(), "W2", (x,))
+    for training in (False, True):
+        prepared.train(training)
+        with torch.no_grad():
+            ours = prepared(x)
+            for part in (prepared.first, prepared.second):
+                with qgraph.disabled(prepared, part.qgraph.weight.site):
+                    assert not torch.equal(ours, prepared(x))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_keys_class_deepcopy_and_pickle(name):
     case, model, first, second = make(name)

@@ -60,7 +60,9 @@ class Census(TorchDispatchMode):
         self._count(name, args)
         found = [self._origin(t) for t in _tensors((args, kwargs))]
         # What a layer computes is an activation, even from parameters alone; a bare product of two makes a weight (LoRA).
-        data = any(o.data for o in found) or name in _LAYERS or name.startswith(("addmm", "baddbmm", "addmv"))
+        layer = name in _LAYERS or name.startswith(("addmm", "baddbmm", "addmv"))
+        layer |= name in _PRODUCTS and any(o.parameters and not o.floating for o in found)
+        data = layer or any(o.data for o in found)
         made = _Origin(
             frozenset() if data else frozenset().union(*(o.parameters for o in found)),
             frozenset() if data else frozenset().union(*(o.floating for o in found)),
