@@ -126,7 +126,8 @@ def _codes(
         return
     _positions(x, step, offset, f)
     if is_binary(spec):
-        torch.ge(f, 0, out=q).mul_(2).sub_(1)
+        torch.ge(f, 0, out=q)
+        torch.add(f.new_full((1, 1), -1.0), q, alpha=2, out=q)
         return
     torch.round(f, out=q)
     if scale_is_mean(spec):  # else |f| does not exceed the levels by more than a rounding

@@ -57,7 +57,7 @@ class Groups:
 
     @staticmethod
     def for_activation(spec: QuantSpec | None, conv: bool) -> Groups:
-        """Groups of an activation: a row is a token, cut in blocks where the spec says so; at a convolution a sample."""
+        """Groups of an activation: a row is a token, at a convolution a sample, in blocks where the spec says so."""
         if spec is not None and spec.granularity == "tensor":
             return Groups("tensor")
         if conv:

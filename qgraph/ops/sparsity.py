@@ -16,6 +16,7 @@ from qgraph.config import SparsitySpec
 from qgraph.ops import eager, selection
 from qgraph.ops.groups import Groups
 
+CHUNK = 1 << 19  # values a thread that comparisons of runs go over at a time, to stay in cache
 SEARCHED = 1 << 14  # from so many values on a search is faster than a selection
 
 
@@ -57,7 +58,11 @@ def _mask(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
     along = groups.sparsity_rows()
     rows = along.to_rows(magnitude)
     if sparsity.kind == "n:m":
-        keep = _keep_n_of_m(rows, sparsity.n or 1, sparsity.m or 1)
+        keep = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        chunked = eager.on_cpu(rows)
+        size = max(1, CHUNK * torch.get_num_threads() // rows.shape[1]) if chunked else rows.shape[0]
+        for part, out in zip(rows.split(size), keep.split(size), strict=True):
+            _keep_n_of_m(part, sparsity.n or 1, sparsity.m or 1, out)
     else:
         keep = _keep_tiles(rows, sparsity.block_shape or (1, 1), sparsity.ratio or 0.0)
     return along.from_rows(keep, w.shape)
@@ -78,14 +83,14 @@ class _Sparsify(torch.autograd.Function):
         return grads[0], None, None
 
 
-def _keep_n_of_m(rows: Tensor, n: int, m: int) -> Tensor:
+def _keep_n_of_m(rows: Tensor, n: int, m: int, keep: Tensor) -> None:
+    """Writes 1.0 or 0.0 to `keep`; the values of a run are compared as planes, one a place in the run."""
     count, length = rows.shape
     full = length - length % m
-    runs = rows[:, :full].reshape(count, full // m, m).movedim(-1, 0)
-    keep = [_among_first(runs, n).movedim(0, -1).reshape(count, full)]
+    runs, kept = (t[:, :full].view(count, full // m, m).movedim(-1, 0) for t in (rows, keep))
+    kept.copy_(_among_first(runs, n))
     if full < length:
-        keep.append(_among_first(rows[:, full:].t(), n).t())
-    return keep[0] if len(keep) == 1 else torch.cat(keep, dim=1)
+        keep[:, full:] = _among_first(rows[:, full:].t(), n).t()
 
 
 def _among_first(magnitude: Tensor, n: int) -> Tensor:
