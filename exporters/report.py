@@ -188,8 +188,13 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
             "sparsity": layer.sparsity,
             "shared_with": layer.shared_with,
         }
-        layers.append({key: value for key, value in row.items() if value not in (None, "", ())})
-    leftovers = {item.name: item.reason for item in report.leftovers}
+        layers.append(row)
+    # A table, each column named once: in a small file the metadata counts.
+    columns = [key for key in (layers[0] if layers else ()) if any(row[key] not in (None, "", ()) for row in layers)]
+    rows = [[row[key] for key in columns] for row in layers]
+    leftovers: dict[str, list[str]] = {}
+    for item in report.leftovers:
+        leftovers.setdefault(item.reason, []).append(item.name)
     compact: dict[str, Any] = {"separators": (",", ":")}
     return {
         VERSION: version,
@@ -197,7 +202,7 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
         TARGET: report.target,
         BITS: f"{report.bits_per_weight:.4f}",
         DYNAMIC: json.dumps(report.dynamic, **compact),
-        LAYERS: json.dumps({"specs": specs, "layers": layers}, **compact),
+        LAYERS: json.dumps({"specs": specs, "columns": columns, "layers": rows}, **compact),
         LEFTOVERS: json.dumps(leftovers, **compact),
     }
 
@@ -225,8 +230,10 @@ def read_report(path: str | Path) -> ExportReport:
     content = json.loads(found[LAYERS])
     specs = [QuantSpec(**spec) for spec in content["specs"]]
     sizes = {item.name: _nbytes(item) for item in model.graph.initializer}
-    leftovers = tuple(Leftover(name, sizes.get(name, 0), why) for name, why in json.loads(found[LEFTOVERS]).items())
-    layers = tuple(_layer(row, specs) for row in content["layers"])
+    leftovers = tuple(
+        Leftover(name, sizes.get(name, 0), why) for why, names in json.loads(found[LEFTOVERS]).items() for name in names
+    )
+    layers = tuple(_layer(dict(zip(content["columns"], row, strict=True)), specs) for row in content["layers"])
     data = path.with_name(f"{path.name}.data")
     return ExportReport(
         path=str(path),
@@ -245,7 +252,7 @@ def read_report(path: str | Path) -> ExportReport:
 
 def _layer(row: Mapping[str, Any], specs: Sequence[QuantSpec]) -> LayerReport:
     def spec(key: str) -> QuantSpec | None:
-        return specs[row[key]] if key in row else None
+        return None if row.get(key) is None else specs[row[key]]
 
     return LayerReport(
         path=row.get("path", ""),
