@@ -19,7 +19,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_LOCAL := $(if $(and $(TORCH_BUILD),$(filter-out Darwin,$(shell uname -s))),+$(TORCH_BUILD))
 TORCH := torch==$(TORCH_VERSION)$(TORCH_LOCAL)
 
-.PHONY: demo test lint typecheck format clean
+.PHONY: demo test zoo lint typecheck format clean
 
 demo: $(STAMP)
 	$(BIN)/qgraph demo $(ARGS)
@@ -27,6 +27,10 @@ demo: $(STAMP)
 # One torch thread a worker: two workers fill the two cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# Every transformers architecture of tests/zoo, each in a process of its own: minutes.
+zoo: $(STAMP)
+	$(BIN)/python -m tests.zoo.run --jobs $(JOBS) --json zoo.json $(ARGS)
 
 lint: $(STAMP) typecheck
 	$(BIN)/ruff format --check .

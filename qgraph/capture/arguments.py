@@ -108,7 +108,11 @@ class Values:
     def learn_part(self, holder: Any, step: Step, value: Any, initial: bool = False) -> None:
         """A known object holds this now: what is new in it is reached through the object."""
         known = self._known.get(id(holder))
-        node, way = (None, ()) if known is None else (known.node, known.path)
+        if known is not None:
+            node, way = known.node, known.path
+        else:
+            child = self._recorder.effects.child_paths.get(id(holder), "")
+            node, way = None, tuple(Step(True, name) for name in child.split(".") if name)
         for path, item in walk(value):
             met = self._known.get(id(item))
             if _has_identity(item, path) and (met is None or met.value is not item):

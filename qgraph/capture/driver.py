@@ -11,6 +11,7 @@ from torch import nn
 
 from qgraph.capture.install import install
 from qgraph.capture.session import capturing
+from qgraph.capture.source import raised_at
 from qgraph.capture.state import ModuleState, Snapshot
 from qgraph.errors import QGraphError
 from qgraph.graph import Shared
@@ -58,7 +59,8 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], b
     except Exception as error:
         before.restore()
         reason = f"recording raised {type(error).__name__}: {error}"
-        with torch.enable_grad(), capturing(quantize=False, reason=reason) as session:
+        where = raised_at(error)
+        with torch.enable_grad(), capturing(quantize=False, reason=reason, where=where) as session:
             model(*_copies(args), **_copies(kwargs))
         session.rewrite()
     before.restore()

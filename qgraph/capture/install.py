@@ -18,6 +18,7 @@ from qgraph.capture.arguments import SELF
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import Running, SiteMode, run_opaque
 from qgraph.capture.session import active, capturing, current
+from qgraph.capture.source import raised_at
 from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Snapshot, Variant, shapes
 from qgraph.graph import STATE, quantizer_modules
 
@@ -159,7 +160,8 @@ def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, 
         # Should recording be to blame, the plain run goes well; else the user's own error is raised again from there.
         before.restore()
         result = run_opaque(module, state, forward, args, kwargs)
-        state.give_up(call, module.training, f"recording raised {type(error).__name__}: {error}")
+        reason = f"recording raised {type(error).__name__}: {error}"
+        state.give_up(call, module.training, reason, raised_at(error))
         return result
 
 

@@ -45,16 +45,18 @@ class Recorder(TorchFunctionMode):
     quantize : bool
         Apply the quantizers at the sites met on the way.
     reason : str, optional
-        Why no graph shall be recorded; the recorder then only quantizes.
+        Why no graph shall be recorded, and `where`; the recorder then only quantizes.
     """
 
-    def __init__(self, module: nn.Module, state: ModuleState, quantize: bool, reason: str | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, state: ModuleState, quantize: bool, reason: str | None = None, where: str = ""
+    ) -> None:
         super().__init__()
         self.module = module
         self.state = state
         self.quantize = quantize
         self.reason = reason
-        self.reason_where = "<unknown>:0"
+        self.reason_where = where
         self.graph = new_graph()
         self.values = Values(self)
         self.effects = Effects(self)

@@ -13,6 +13,7 @@ from torch import nn
 
 from qgraph.capture.patches import patched
 from qgraph.capture.recorder import Recorder
+from qgraph.capture.source import definition
 from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Variant, plain_attributes, settings_of
 from qgraph.capture.structure import Unsupported
 from qgraph.capture.values import plain
@@ -28,9 +29,9 @@ def current() -> Session | None:
 
 
 @contextlib.contextmanager
-def capturing(quantize: bool, reason: str | None = None) -> Iterator[Session]:
+def capturing(quantize: bool, reason: str | None = None, where: str | None = None) -> Iterator[Session]:
     """Run code with every module forward recorded; see `Session`."""
-    session = Session(quantize, reason)
+    session = Session(quantize, reason, where)
     _local.session = session
     active.count += 1
     try:
@@ -64,11 +65,13 @@ class Session:
         Whether the run itself is quantized: True for a call of the user's, False for the example run of `prepare`.
     reason : str, optional
         Why this run is not to be recorded; only the sites are then noted.
+    where : str, optional
+        The line of the user's code that is to blame for it.
     """
 
-    def __init__(self, quantize: bool, reason: str | None = None) -> None:
+    def __init__(self, quantize: bool, reason: str | None = None, where: str | None = None) -> None:
         self.quantize = quantize
-        self.reason = reason
+        self.reason, self.where = reason, where
         self.stack: list[Recorder] = []
         self._announced: nn.Module | None = None
         self.new: list[tuple[nn.Module, Variant]] = []
@@ -191,7 +194,7 @@ class Session:
         elif reason is None and (entry := state.known_opaque(call, module.training)) is not None:
             reason = entry.reason
         attributes, settings = plain_attributes(module), settings_of(module)
-        recorder = Recorder(module, state, self.quantize, reason)
+        recorder = Recorder(module, state, self.quantize, reason, self.where or definition(forward))
         self.stack.append(recorder)
         try:
             result = recorder.run(forward, call.names, args, {name: kwargs[name] for name in sorted(kwargs)})

@@ -36,6 +36,17 @@ def locate() -> tuple[str, str | None]:
     return "<unknown>:0", None
 
 
+def raised_at(error: BaseException) -> str:
+    """``file:line`` of the innermost user frame that an error came through."""
+    found, step = "<unknown>:0", error.__traceback__
+    while step is not None:
+        path = step.tb_frame.f_code.co_filename
+        if not path.startswith((_HERE, _TORCH, "<")) and path not in _PLUMBING:
+            found = f"{path}:{step.tb_lineno}"
+        step = step.tb_next
+    return found
+
+
 def definition(function: object) -> str:
     """``file:line`` where a function is written."""
     code = getattr(function, "__code__", None) or getattr(getattr(function, "__wrapped__", None), "__code__", None)

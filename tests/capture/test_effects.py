@@ -1,0 +1,182 @@
+"""Forwards that change objects: arguments, their module, children, objects they make; replayed by the graph."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import qgraph
+from qgraph.graph import coverage
+
+
+class Slot:
+    def __init__(self):
+        self.keys, self.ready, self.count = None, False, 0
+
+    def update(self, new):
+        if not self.ready:
+            self.keys, self.ready = new.new_zeros(0, new.shape[1]), True
+        self.count += new.shape[0]
+        self.keys = torch.cat([self.keys, new])
+        return self.keys
+
+
+class Store:
+    def __init__(self, size):
+        self.slots = [Slot() for _ in range(size)]
+
+
+class Layer(nn.Module):
+    def __init__(self, index):
+        super().__init__()
+        self.fc, self.index = nn.Linear(4, 4), index
+
+    def forward(self, x, store):
+        seen = store.slots[self.index].update(self.fc(x))
+        return x + seen.mean(0) * store.slots[self.index].count
+
+
+class Stack(nn.Module):
+    """Makes its store itself where none is given, and returns it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(0), Layer(1)])
+
+    def forward(self, x, store=None):
+        if store is None:
+            store = Store(2)
+        for layer in self.layers:
+            x = layer(x, store)
+        return x + store.slots[0].keys.sum(), store
+
+
+def same_store(a, b):
+    return all(
+        torch.equal(x.keys, y.keys) and (x.count, x.ready) == (y.count, y.ready) and type(x.count) is int
+        for x, y in zip(a.slots, b.slots, strict=True)
+    )
+
+
+def test_a_store_made_inside_grows_over_calls_as_in_eager():
+    torch.manual_seed(0)
+    model = Stack().eval()
+    prepared = qgraph.prepare(model, "A8W4", (torch.randn(3, 4),))
+    assert not coverage(prepared).opaque
+    with qgraph.disabled(prepared):
+        for turn in range(3):
+            ours = theirs = None
+            for rows in (3, 2, 2, 5):
+                x = torch.randn(rows + turn, 4)
+                (a, ours), (b, theirs) = prepared(x, ours), model(x, theirs)
+                assert torch.equal(a, b) and same_store(ours, theirs)
+            met = met if turn else coverage(prepared).guard_misses  # the store given, for the first time
+            assert coverage(prepared).guard_misses == met
+    a, _ = prepared(x)
+    assert not coverage(prepared).opaque and not torch.equal(a, model(x)[0])
+
+
+class Child(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.memory = nn.Linear(4, 4), None
+
+    def forward(self, x):
+        out = self.fc(x) if self.memory is None else self.fc(x) + self.memory
+        self.memory = out.detach()
+        return out
+
+
+class Rewinds(nn.Module):
+    """Sets a child's attribute, and reads what the child has left behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = Child()
+
+    def forward(self, x, fresh=True):
+        if fresh:
+            self.child.memory = torch.ones_like(x)
+        y = self.child(x)
+        return y * 2 + self.child.memory
+
+
+class Results(nn.Module):
+    """Changes what a child returned, and a list and a dict that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Pairs()
+
+    def forward(self, x, log, table):
+        out = self.inner(x)
+        out["more"] = out["y"] + 1
+        log.append(out["y"])
+        table["last"] = x * 2
+        del table["old"]
+        return out
+
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"y": self.fc(x)}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_child_that_is_assigned_to(training):
+    torch.manual_seed(0)
+    model = Rewinds().train(training)
+    prepared, other = qgraph.prepare(model, "A8W4", (torch.randn(3, 4),)), copy.deepcopy(model)
+    assert not coverage(prepared).opaque
+    with qgraph.disabled(prepared):
+        for fresh in (True, True, False, False, True):
+            x = torch.randn(3, 4)
+            assert torch.equal(prepared(x, fresh), other(x, fresh))
+            assert torch.equal(prepared.child.memory, other.child.memory)
+
+
+def test_containers_that_are_changed():
+    torch.manual_seed(0)
+    model = Results()
+
+    def example(rows):
+        return torch.randn(rows, 4), [torch.zeros(1)], {"old": torch.zeros(1), "kept": torch.ones(1)}
+
+    prepared = qgraph.prepare(model, "A8W4", example(2))
+    assert not coverage(prepared).opaque
+    with qgraph.disabled(prepared):
+        for rows in (2, 5):
+            x, log, table = example(rows)
+            x2, log2, table2 = copy.deepcopy((x, log, table))
+            a, b = prepared(x, log, table), model(x2, log2, table2)
+            assert list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+            assert len(log) == 2 and torch.equal(log[1], log2[1])
+            assert list(table) == list(table2) and torch.equal(table["last"], table2["last"])
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.fc(x) * self.calls
+
+
+def test_a_counter_of_the_module_stays_python():
+    model = Counts()
+    prepared, other = qgraph.prepare(model, "A8W4", (torch.randn(3, 4),)), copy.deepcopy(model)
+    assert coverage(prepared).opaque[0].reason == "counts in self.calls"
+    assert "test_effects.py" in coverage(prepared).opaque[0].where
+    with qgraph.disabled(prepared):
+        for _ in range(12):
+            x = torch.randn(3, 4)
+            assert torch.equal(prepared(x), other(x))
