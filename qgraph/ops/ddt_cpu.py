@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.ops import eager
-from qgraph.ops.codes import affine_scale, is_binary, linear_scale, nonzero_scale, round_linear, scale_is_mean
+from qgraph.ops.codes import affine_scale, is_binary, linear_scale, nonzero_scale, scale_is_mean
 
 # Values a chunk and thread: large enough to hide the calls, small enough for a buffer to be in cache and reused.
 CHUNK = 1 << 19
@@ -118,10 +118,12 @@ def _codes(
     """Positions of the dense values to `f`, codes to `q`."""
     if pruned is not None:
         _positions(pruned, step, offset, f)
-        if offset is not None:
-            torch.round(f, out=q)
+        if is_binary(spec):
+            torch.sign(f, out=q)
         else:
-            q.copy_(round_linear(f, spec, True))
+            torch.round(f, out=q)
+            if scale_is_mean(spec):
+                q.clamp_(*spec.levels)
         _positions(x, step, offset, f)
         return
     _positions(x, step, offset, f)

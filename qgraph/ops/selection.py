@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SAMPLE = 4096
+CHUNK = 1 << 19  # values a thread at a time, to stay in cache
 EXACT_COUNT = 1 << 24  # so many ones are added up in float32 without rounding
 
 
@@ -25,11 +26,12 @@ def largest(magnitude: Tensor, kept: int) -> Tensor | None:
     kept : int
         From 1 to n.
     """
-    mask = torch.empty_like(magnitude)
+    size = min(CHUNK * torch.get_num_threads(), EXACT_COUNT)
+    buffer = torch.empty(min(size, magnitude.shape[0]))
 
     def reached(threshold: int) -> int:
-        torch.ge(magnitude, _value(threshold), out=mask)
-        return sum(int(part.sum()) for part in mask.split(EXACT_COUNT))
+        value = _value(threshold)
+        return sum(int(torch.ge(x, value, out=buffer[: x.shape[0]]).sum()) for x in magnitude.split(size))
 
     top = float(magnitude.amax())
     if top == float("inf"):
@@ -44,7 +46,8 @@ def largest(magnitude: Tensor, kept: int) -> Tensor | None:
         count = reached(probe)
         low, at_low, high, at_high = (probe, count, high, at_high) if count >= kept else (low, at_low, probe, count)
         step += 1
-    surplus = reached(low) - kept
+    mask = torch.ge(magnitude, _value(low), out=torch.empty_like(magnitude))
+    surplus = at_low - kept
     if surplus > 0:  # `low` is the value of the last one kept; it has equals, of which the last go
         level = (magnitude == _value(low)).nonzero().squeeze(1)
         mask[level[-surplus:]] = 0

@@ -126,7 +126,7 @@ def _keep_tiles(rows: Tensor, block_shape: tuple[int, int], ratio: float) -> Ten
 
 
 def _largest(magnitude: Tensor, ratio: float) -> Tensor:
-    """Mask of all but the `round(ratio * n)` smallest values of a vector, at least one kept; bool, or ones and zeros."""
+    """Mask of all but the `round(ratio * n)` smallest values of a vector, at least one kept; bool, or 1.0 and 0.0."""
     n = magnitude.shape[0]
     kept = max(1, n - round(ratio * n))
     if n >= SEARCHED and magnitude.dtype == torch.float32 and eager.on_cpu(magnitude):
