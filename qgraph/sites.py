@@ -140,7 +140,7 @@ def _matmul(left: int, keywords: tuple[str, str]) -> Callable[..., SiteCall]:
 
 
 def _of_rank(operand: Operand, ndim: int) -> Operand:
-    """A factor of a product: a vector makes one channel; in a batch of matrices channels are rows or columns of each."""
+    """A factor of a product: a vector is one channel; in a batch of matrices the rows or the columns of each are."""
     if ndim < 2:
         return replace(operand, axis=None)
     if ndim == 2:

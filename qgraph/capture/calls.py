@@ -108,7 +108,7 @@ class Rebuild:
         self.__qualname__ = self.__name__
 
     def __call__(self, /, **attributes: Any) -> Any:
-        made = object.__new__(self.kind)
+        made: Any = object.__new__(self.kind)
         made.__dict__.update(attributes)
         return made
 

@@ -75,6 +75,9 @@ class CounterLeaf(Leaf):
     """The number that an attribute held when the forward began: read at the top of the graph, once."""
 
     __slots__ = ("made", "path", "recorder")
+    made: list[fx.Node]
+    path: tuple[Step, ...]
+    recorder: Recorder
 
     def __init__(self, node: fx.Node, path: tuple[Step, ...], recorder: Recorder) -> None:
         Leaf.__init__(self, node, "")

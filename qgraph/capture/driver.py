@@ -11,8 +11,9 @@ from torch import nn
 
 from qgraph.capture.install import install
 from qgraph.capture.session import capturing
+from qgraph.capture.snapshot import Snapshot
 from qgraph.capture.source import raised_at
-from qgraph.capture.state import ModuleState, Snapshot
+from qgraph.capture.state import ModuleState
 from qgraph.errors import QGraphError
 from qgraph.graph import Shared
 

@@ -218,7 +218,7 @@ def _refuse(watched: _Watched, step: Step, value: Any) -> None:
     """
     old = watched.state.get(step)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    counts = watched.given and number and (old is None or isinstance(old, (int, float)))
+    counts = watched.given and number and isinstance(old, (int, float))
     if counts and not has_counters(watched.value):
         raise Unsupported(f"counts in {watched.name}{step}")
     if isinstance(watched.value, nn.Module) and isinstance(value, (nn.Module, list, dict, set)):

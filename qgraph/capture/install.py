@@ -18,8 +18,9 @@ from qgraph.capture.arguments import SELF
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import Running, SiteMode, run_opaque
 from qgraph.capture.session import active, capturing, current
+from qgraph.capture.snapshot import Snapshot
 from qgraph.capture.source import raised_at
-from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Snapshot, Variant, shapes
+from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Variant, shapes
 from qgraph.graph import STATE, quantizer_modules
 
 _classes: dict[type, type] = {}
@@ -127,7 +128,7 @@ def _run_checked(
     key = shapes(call.values)
     if key in variant.validated:
         return variant.function()(module, *call.values)
-    before = Snapshot(module)
+    before = Snapshot(module, call.values, contents=variant.in_place)
     try:
         result = variant.function()(module, *call.values)
     except GuardMiss:
@@ -152,7 +153,7 @@ def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, 
     # Inside torch.export no graph of ours can be recorded, since the tensors are not real.
     if known is not None or torch.compiler.is_exporting() or len(state.variants) >= MAX_VARIANTS:
         return run_opaque(module, state, forward, args, kwargs)
-    before = Snapshot(module)
+    before = Snapshot(module, call.values, contents=True)
     try:
         with capturing(quantize=True) as session:
             return session.start(module, forward, args, kwargs)

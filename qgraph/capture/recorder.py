@@ -26,8 +26,8 @@ from qgraph.capture.guards import Guard, check
 from qgraph.capture.operands import OperandTracker
 from qgraph.capture.serialize import RESERVED, new_graph
 from qgraph.capture.source import definition, locate
-from qgraph.capture.structure import Unsupported, signature
-from qgraph.capture.values import Expression, Leaf, is_traced, plain, traced
+from qgraph.capture.structure import Unsupported, signature, walk
+from qgraph.capture.values import Expression, Leaf, plain, traced
 
 if TYPE_CHECKING:
     from qgraph.capture.state import ModuleState
@@ -65,6 +65,8 @@ class Recorder(TorchFunctionMode):
         self.late_guards = 0
         self.inside = 0  # > 0 while the mode is on and the forward's own code runs
         self._lists: list[tuple[str, Any, list[Any]]] = []
+        self.in_place = False
+        self._versions: list[tuple[Tensor, int]] = []
         self._ended: str | None = None  # where the forward is written, once it is through
         self._grad_modes: list[fx.Node] = []
         self._autocasts: dict[int, fx.Node] = {}
@@ -142,6 +144,8 @@ class Recorder(TorchFunctionMode):
                 node.meta["parameter"] = True
             self.operands.enter(name, value)
             given[name] = self.values.input(node, value)
+            tensors = [item for _, item in walk(value) if isinstance(item, Tensor) and not item.is_inference()]
+            self._versions.extend((tensor, tensor._version) for tensor in tensors)
             if not isinstance(value, Tensor):
                 self.effects.watch(value, f"its argument {name}", given=True)
                 self.counters.watch(node, value)
@@ -149,6 +153,7 @@ class Recorder(TorchFunctionMode):
         return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
     def _finish(self, result: Any) -> None:
+        self.in_place = any(tensor._version != version for tensor, version in self._versions)
         self._check_random()
         self._check_lists()
         self._flush()

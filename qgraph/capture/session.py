@@ -218,6 +218,7 @@ class Session:
                     recorder.graph,
                     recorder.late_guards,
                     settings,
+                    recorder.in_place,
                 )
                 state.variants.append(variant)
                 self.new.append((recorder.module, variant))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -48,6 +46,7 @@ class Variant:
     graph: fx.Graph
     late_guards: int
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    in_place: bool = False  # whether the forward changed tensors among its arguments
     validated: set[Any] = field(default_factory=set)
     _function: Callable[..., Any] | None = None
     _condition: Callable[..., bool] | None = None
@@ -99,7 +98,7 @@ class Variant:
 
         state = {
             name: getattr(self, name)
-            for name in ("names", "signature", "attributes", "settings", "guards", "late_guards")
+            for name in ("names", "signature", "attributes", "settings", "guards", "late_guards", "in_place")
         }
         return {**state, "graph": dump_graph(self.graph)}
 
@@ -257,45 +256,3 @@ def find_attribute(module: nn.Module, tensor: Tensor) -> str | None:
                 if value is tensor:
                     return f"{path}.{name}"
     return None
-
-
-class Snapshot:
-    """Random states, buffers and plain attributes before a run that may have to be done again."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.python, self.numpy = random.getstate(), np.random.get_state()
-        self.torch = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-        self.buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-        self.attributes = [(m, dict(m._buffers), _own_attributes(m)) for m in module.modules()]
-
-    def restore(self) -> None:
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-        with torch.no_grad():
-            for buffer, value in self.buffers:
-                buffer.copy_(value)
-        for module, buffers, attributes in self.attributes:
-            for name, buffer in buffers.items():
-                module._buffers[name] = buffer
-            for name in set(_own_attributes(module)) - set(attributes):
-                del module.__dict__[name]
-            for name, (value, content) in attributes.items():
-                module.__dict__[name] = value
-                if isinstance(value, list):
-                    value[:] = content
-                elif isinstance(value, dict):
-                    value.clear()
-                    value.update(content)
-
-
-def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """A module's scalars, lists and dicts, the latter with a copy of what they hold; not torch's own."""
-    return {
-        name: (value, copy.copy(value) if isinstance(value, (list, dict)) else None)
-        for name, value in module.__dict__.items()
-        if isinstance(value, (*_SCALARS, list, dict)) and not name.startswith("_") and name != "training"
-    }

@@ -227,7 +227,7 @@ class TracedInt(_Traced, torch.SymInt):
         self.value, self.expression, self.recorder = value, expression, recorder
 
     @property
-    def node(self) -> _Constant:  # type: ignore[override]
+    def node(self) -> _Constant:
         return _Constant(self._specialize())
 
     def __index__(self): return self._specialize()  # fmt: skip

@@ -67,6 +67,7 @@ def test_a_store_made_inside_grows_over_calls_as_in_eager():
     prepared = qgraph.prepare(model, "A8W4", (torch.randn(3, 4),))
     assert not coverage(prepared).opaque
     with qgraph.disabled(prepared):
+        met = 0
         for turn in range(3):
             ours = theirs = None
             for rows in (3, 2, 2, 5):

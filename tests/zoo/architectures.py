@@ -1,4 +1,4 @@
-"""Architectures of the transformers library from tiny configs: a factory each, an example, a second shape, another call.
+"""Architectures of the transformers library from tiny configs: a factory, an example, a second shape, another call.
 
 Classes are named by strings, so that importing this file loads none of them.
 """
@@ -123,11 +123,15 @@ for _name, _prefix, _model, _more in (
         "embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16, "hidden_size": 32,
     }),
     ("fnet", "FNet", "Model", {}),
-    ("modernbert", "ModernBert", "ForMaskedLM", {"global_attn_every_n_layers": 2, "local_attention": 6, "pad_token_id": 0}),
+    ("modernbert", "ModernBert", "ForMaskedLM", {
+        "global_attn_every_n_layers": 2, "local_attention": 6, "pad_token_id": 0,
+    }),
     ("squeezebert", "SqueezeBert", "Model", {"embedding_size": 32}),
     ("layoutlm", "LayoutLM", "Model", {}),
     ("roformer", "RoFormer", "Model", {"embedding_size": 32}),
-    ("nystromformer", "Nystromformer", "Model", {"num_landmarks": 4, "segment_means_seq_len": 8, "conv_kernel_size": 3}),
+    ("nystromformer", "Nystromformer", "Model", {
+        "num_landmarks": 4, "segment_means_seq_len": 8, "conv_kernel_size": 3,
+    }),
     ("megatron_bert", "MegatronBert", "Model", {}),
     ("ibert", "IBert", "Model", {}),
     ("esm", "Esm", "ForMaskedLM", {"pad_token_id": 1, "mask_token_id": 2, "position_embedding_type": "rotary"}),
@@ -295,8 +299,8 @@ add("swinv2", "vision", "Swinv2ForImageClassification", "Swinv2Config", pixels()
     {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
      "window_size": 2})  # fmt: skip
 _STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}
-add("resnet", "vision", "ResNetForImageClassification", "ResNetConfig", pixels(32, 48), {**_STAGES, "embedding_size": 8},
-    output_hidden_states=True)  # fmt: skip
+add("resnet", "vision", "ResNetForImageClassification", "ResNetConfig", pixels(32, 48),
+    {**_STAGES, "embedding_size": 8}, output_hidden_states=True)  # fmt: skip
 add("regnet", "vision", "RegNetForImageClassification", "RegNetConfig", pixels(32, 48),
     {**_STAGES, "embedding_size": 8, "groups_width": 8})  # fmt: skip
 add("convnext", "vision", "ConvNextForImageClassification", "ConvNextConfig", pixels(32, 64), _STAGES)
@@ -335,14 +339,28 @@ _DETR = {
 }  # fmt: skip
 
 
+def _swin() -> Any:
+    return _config("SwinConfig", image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=2,
+                   out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
+
+
 def _detr() -> dict[str, Any]:
     last = _config("ResNetConfig", **_STAGES, embedding_size=8, out_features=["stage4"])
     return {**_DETR, "use_timm_backbone": False, "backbone": None, "backbone_config": last}
 
 
 add("detr", "detection", "DetrForObjectDetection", "DetrConfig", pixels(64, 96), _detr)
-add("conditional_detr", "detection", "ConditionalDetrForObjectDetection", "ConditionalDetrConfig", pixels(64, 96), _detr)
-add("table_transformer", "detection", "TableTransformerForObjectDetection", "TableTransformerConfig", pixels(64, 96), _detr)
+add(
+    "conditional_detr", "detection", "ConditionalDetrForObjectDetection", "ConditionalDetrConfig", pixels(64, 96), _detr
+)
+add(
+    "table_transformer",
+    "detection",
+    "TableTransformerForObjectDetection",
+    "TableTransformerConfig",
+    pixels(64, 96),
+    _detr,
+)
 add("deformable_detr", "detection", "DeformableDetrForObjectDetection", "DeformableDetrConfig", pixels(64, 96),
     lambda: {**_detr(), "backbone_config": _backbone(), "num_feature_levels": 3, "encoder_n_points": 2,
              "decoder_n_points": 2})  # fmt: skip
@@ -363,18 +381,17 @@ add("segformer", "segmentation", "SegformerForSemanticSegmentation", "SegformerC
     {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2],
      "decoder_hidden_size": 16}, output_hidden_states=True)  # fmt: skip
 add("maskformer", "segmentation", "MaskFormerForInstanceSegmentation", "MaskFormerConfig", pixels(64, 96),
-    lambda: {"backbone_config": _config("SwinConfig", image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
-                                        window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"]),
+    lambda: {"backbone_config": _swin(),
              "decoder_config": _config("DetrConfig", **_detr()), "fpn_feature_size": 32,
              "mask_feature_size": 32})  # fmt: skip
 add("mask2former", "segmentation", "Mask2FormerForUniversalSegmentation", "Mask2FormerConfig", pixels(64, 96),
-    lambda: {"backbone_config": _config("SwinConfig", image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
-                                        window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"]),
+    lambda: {"backbone_config": _swin(),
              "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32,
              "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 4, "dim_feedforward": 32,
              "num_queries": 5})  # fmt: skip
 add("upernet", "segmentation", "UperNetForSemanticSegmentation", "UperNetConfig", pixels(64, 96),
-    lambda: {"backbone_config": _config("ConvNextConfig", **_STAGES, out_features=["stage1", "stage2", "stage3", "stage4"]),
+    lambda: {"backbone_config": _config("ConvNextConfig", **_STAGES,
+                                        out_features=["stage1", "stage2", "stage3", "stage4"]),
              "hidden_size": 16, "auxiliary_in_channels": 24, "auxiliary_channels": 16, "num_labels": 5})  # fmt: skip
 add("sam", "segmentation", "SamModel", "SamConfig",
     lambda i: {**pixels()(i), "input_points": torch.rand(2 + i, 1, 2, 2, generator=_random(i)) * 30},
@@ -403,7 +420,9 @@ for _name, _prefix in (
     ("wav2vec2", "Wav2Vec2"), ("hubert", "Hubert"), ("wavlm", "WavLM"), ("unispeech", "UniSpeech"),
     ("data2vec_audio", "Data2VecAudio"), ("sew", "SEW"), ("unispeech_sat", "UniSpeechSat"),
 ):  # fmt: skip
-    _more = {"squeeze_factor": 2} if _name == "sew" else {"conv_pos_kernel_size": 5} if _name == "data2vec_audio" else {}
+    _more = (
+        {"squeeze_factor": 2} if _name == "sew" else {"conv_pos_kernel_size": 5} if _name == "data2vec_audio" else {}
+    )
     add(_name, "audio", f"{_prefix}ForCTC", f"{_prefix}Config", waves(), {**_WAVE, **_more}, output_hidden_states=True)
 
 add("wav2vec2_conformer", "audio", "Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerConfig", waves(),
@@ -458,8 +477,8 @@ add("clip", "multimodal", "CLIPModel", "CLIPConfig", pixels_and_tokens(),
 add("siglip", "multimodal", "SiglipModel", "SiglipConfig", lambda i: {**unmasked((8, 8))(i), **pixels()(i)},
     lambda: {"text_config": {**_TEXT, "max_position_embeddings": 16}, "vision_config": _VIT})  # fmt: skip
 add("blip", "multimodal", "BlipForConditionalGeneration", "BlipConfig", pixels_and_tokens(),
-    lambda: {"text_config": {**_TEXT, "projection_dim": 16, "encoder_hidden_size": 32, **_SPECIAL}, "vision_config": _VIT,
-             "projection_dim": 16})  # fmt: skip
+    lambda: {"text_config": {**_TEXT, "projection_dim": 16, "encoder_hidden_size": 32, **_SPECIAL},
+             "vision_config": _VIT, "projection_dim": 16})  # fmt: skip
 add("vilt", "multimodal", "ViltModel", "ViltConfig", pixels_and_tokens(), {**_TEXT, **_VIT, "max_image_length": -1})
 add("git", "multimodal", "GitForCausalLM", "GitConfig", pixels_and_tokens(),
     lambda: {**_TEXT, "vision_config": _VIT, **_SPECIAL}, use_cache=False)  # fmt: skip

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,7 +36,7 @@ class _Origin:
 
 @dataclass(slots=True)
 class Census(TorchDispatchMode):
-    """Run a model under it; `weights` are the parameters multiplied with data, `floating` those that were float then."""
+    """Run a model under it: `weights` are the parameters multiplied with data, `floating` those that were float."""
 
     model: nn.Module
     inputs: Any
@@ -59,7 +58,7 @@ class Census(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self._count(name, args)
         found = [self._origin(t) for t in _tensors((args, kwargs))]
-        # What a layer computes is an activation, even from parameters alone; a bare product of two makes a weight (LoRA).
+        # A layer computes an activation, even from parameters alone; a bare product of two makes a weight (LoRA).
         layer = name in _LAYERS or name.startswith(("addmm", "baddbmm", "addmv"))
         layer |= name in _PRODUCTS and any(o.parameters and not o.floating for o in found)
         data = layer or any(o.data for o in found)

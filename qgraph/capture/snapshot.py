@@ -1,0 +1,94 @@
+"""What a run may change, kept before it: so that a run whose graph turns out not to hold can be taken back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qgraph.capture.structure import parts, walk
+
+_KEPT = (bool, int, float, str, type(None), Tensor)
+
+
+class Snapshot:
+    """Random states, a module's buffers and attributes, and a call's arguments, before a run that may be taken back.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Its buffers and attributes are kept, and those of the modules in it.
+    values : tuple
+        The arguments: what their objects and containers hold is kept.
+    contents : bool
+        Keep also what the tensors among them hold.
+    """
+
+    def __init__(self, module: nn.Module, values: tuple[Any, ...] = (), contents: bool = False) -> None:
+        self.python, self.numpy = random.getstate(), np.random.get_state()
+        self.torch = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+        self.attributes = [(m, dict(m._buffers), _own_attributes(m)) for m in module.modules()]
+
+        self.objects: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[Tensor, int, bool, Tensor]] = []
+        for item in (item for value in values for _, item in walk(value)):
+            if isinstance(item, Tensor) and contents and not isinstance(item, nn.Parameter) and not item.is_inference():
+                self.tensors.append((item, item._version, item.requires_grad, item.detach().clone()))
+            elif isinstance(item, (list, dict)) and not dataclasses.is_dataclass(item):
+                self.objects.append((item, copy.copy(item)))
+            elif not isinstance(item, tuple) and parts(item) is not None and hasattr(item, "__dict__"):
+                self.objects.append((item, dict(vars(item))))
+
+    def restore(self) -> None:
+        """Put everything back."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                buffer.copy_(value)
+            for tensor, version, required, content in self.tensors:
+                if tensor._version != version:
+                    if tensor.requires_grad and not required:
+                        tensor.detach_()
+                    tensor.copy_(content)
+        for item, content in self.objects:
+            _put_back(item, content)
+        for module, buffers, attributes in self.attributes:
+            for name, kept in buffers.items():  # a scripted module has no more of a dict than this
+                module._buffers[name] = kept
+            for name in set(_own_attributes(module)) - set(attributes):
+                del module.__dict__[name]
+            for name, (value, content) in attributes.items():
+                module.__dict__[name] = value
+                if isinstance(value, (list, dict)):
+                    _put_back(value, content)
+
+
+def _put_back(item: Any, content: Any) -> None:
+    if isinstance(item, list):
+        item[:] = content
+    elif isinstance(item, dict) and not dataclasses.is_dataclass(item):
+        item.clear()
+        item.update(content)
+    else:
+        vars(item).clear()
+        vars(item).update(content)
+
+
+def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """A module's scalars, lists and dicts, the latter with a copy of what they hold; not torch's own."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, (list, dict)) else None)
+        for name, value in module.__dict__.items()
+        if isinstance(value, (*_KEPT, list, dict)) and not name.startswith("_") and name != "training"
+    }
