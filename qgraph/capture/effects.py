@@ -68,7 +68,7 @@ class Effects:
         """Follow the attributes of a child that the forward's own code is about to change."""
         if id(module) not in self._watched:
             state = module_parts(module)
-            self._watched[id(module)] = _Watched(module, f"self.get_submodule({path!r})", state, True, state)
+            self._watched[id(module)] = _Watched(module, f"self.{path}", state, True, state)
             self.child_paths[id(module)] = path
 
     def flush(self) -> None:
@@ -139,14 +139,16 @@ class Effects:
 
     def _guard_module(self, watched: _Watched, after: State) -> None:
         """What a graph assigns to its module, it found there as it was: the next call may come after the assignment."""
+        child = self.child_paths.get(id(watched.value))
+        source = "self" if child is None else f"self.get_submodule({child!r})"
         for step in {**watched.state, **after}:
             before = watched.initial.get(step, _MISSING)
             if _same(before, after.get(step, _MISSING)):
                 continue
             if before is _MISSING:
-                self._recorder.guard_text(f"not hasattr({watched.name}, {step.key!r})")
+                self._recorder.guard_text(f"not hasattr({source}, {step.key!r})")
             else:
-                self._recorder.guard_text(f"{watched.name}{step} is {'' if before is None else 'not '}None")
+                self._recorder.guard_text(f"{source}{step} is {'' if before is None else 'not '}None")
 
     def _call(self, function: Callable[..., Any], *args: Any) -> None:
         node = self._recorder.graph.call_function(function, args)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qgraph.capture.guards import Guard
-from qgraph.capture.structure import Unsupported, aliases, signature, walk
+from qgraph.capture.structure import Unsupported, aliases, signature, tensors_in
 from qgraph.graph import Shared
 from qgraph.placement import Owner
 
@@ -227,14 +227,16 @@ def _same_fields(value: Any, fields: dict[str, Any]) -> bool:
     now = getattr(value, "__dict__", None)
     if now is None:
         return not fields
-    return all(now.get(name) == field for name, field in fields.items())
+    try:
+        return fields.items() <= now.items()
+    except (RuntimeError, ValueError):  # what was a number is a tensor or an array now
+        return False
 
 
 def shapes(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The sizes and dtypes of every tensor in a call's arguments."""
     modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-    tensors = (item for value in values for _, item in walk(value) if isinstance(item, Tensor))
-    return (*modes, *((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
+    return (*modes, *((tuple(tensor.shape), tensor.dtype) for tensor in tensors_in(values)))
 
 
 def find_attribute(module: nn.Module, tensor: Tensor) -> str | None:

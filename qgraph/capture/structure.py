@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,7 @@ class Unsupported(Exception):
     """A value that a graph cannot carry; the text says why."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One access on the way to a part of a value: ``.name`` or ``[key]``."""
 
     attribute: bool
@@ -35,9 +35,11 @@ class Step:
         return f".{self.key}" if self.attribute else f"[{self.key!r}]"
 
     def get(self, value: Any) -> Any:
+        """The part of `value`."""
         return getattr(value, self.key) if self.attribute else value[self.key]
 
     def put(self, holder: Any, value: Any) -> None:
+        """Set the part of `holder`."""
         if self.attribute:
             setattr(holder, self.key, value)
         else:
@@ -45,25 +47,53 @@ class Step:
 
 
 def is_namedtuple(value: Any) -> bool:
+    """Whether a value is a tuple with named fields."""
     return isinstance(value, tuple) and hasattr(type(value), "_fields")
 
 
 def parts(value: Any) -> list[tuple[Step, Any]] | None:
     """The parts of a container or a plain object, each with how to reach it; None for a leaf."""
-    if isinstance(value, _LEAVES):
+    form = _form(value)
+    if form == "leaf":
         return None
-    if isinstance(value, tuple) and hasattr(type(value), "_fields"):
-        return [(Step(True, name), getattr(value, name)) for name in type(value)._fields]  # type: ignore[attr-defined]
-    if isinstance(value, (tuple, list)):
+    if form == "sequence":
         return [(Step(False, i), item) for i, item in enumerate(value)]
-    if dataclasses.is_dataclass(value):
-        return [(Step(True, f.name), getattr(value, f.name, None)) for f in dataclasses.fields(value)]
-    if isinstance(value, dict):
+    if form == "dict":
         return [(Step(False, key), item) for key, item in value.items()]
-    attributes = getattr(value, "__dict__", None)
-    if attributes is None or callable(value):
-        return None
-    return [(Step(True, name), item) for name, item in attributes.items()]
+    if form == "object":
+        return [(Step(True, name), item) for name, item in value.__dict__.items()]
+    return [(Step(True, name), getattr(value, name, None)) for name in _fields(type(value))]
+
+
+_forms: dict[type, str] = {}
+
+
+def _form(value: Any) -> str:
+    """How a value of this type is taken apart; every call of a forward asks, so types are looked at once."""
+    kind = type(value)
+    form = _forms.get(kind)
+    if form is None:
+        form = _forms[kind] = _classify(value)
+    return form
+
+
+def _classify(value: Any) -> str:
+    if isinstance(value, _LEAVES):
+        return "leaf"
+    if is_namedtuple(value):
+        return "fields"
+    if isinstance(value, (tuple, list)):
+        return "sequence"
+    if dataclasses.is_dataclass(value):
+        return "fields"
+    if isinstance(value, dict):
+        return "dict"
+    return "leaf" if callable(value) or not hasattr(value, "__dict__") else "object"
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[str, ...]:
+    return kind._fields if issubclass(kind, tuple) else tuple(field.name for field in dataclasses.fields(kind))
 
 
 def walk(
@@ -80,38 +110,78 @@ def walk(
         yield from walk(item, (*path, step), seen)
 
 
+def tensors_in(values: tuple[Any, ...]) -> list[Tensor]:
+    """Every tensor in a call's arguments, in the order of `walk`."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif _form(value) != "leaf":
+            _collect(value, found, set(), 0)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor], seen: set[int], depth: int) -> None:
+    if id(value) in seen or depth >= _DEPTH:
+        return
+    seen.add(id(value))
+    form = _form(value)
+    if form == "sequence":
+        items = value
+    elif form in ("dict", "object"):
+        items = (value if form == "dict" else value.__dict__).values()
+    else:
+        items = [getattr(value, name, None) for name in _fields(type(value))]
+    for item in items:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif _form(item) != "leaf":
+            _collect(item, found, seen, depth + 1)
+
+
 def signature(value: Any, top: bool = True, depth: int = 0) -> Any:
     """What a captured graph assumes of a value: types, structure, None-ness and constants, but no tensor's size.
 
-    An int at the top of an argument, or in a tuple, is not part of it: graphs take those as inputs, so that a size
-    passed from parent to child does not tie the child to that size.
+    An int at the top of an argument, in a tuple or an attribute of an object is not part of it: graphs take those as
+    inputs, so that a size passed from parent to child does not tie the child to that size.
     """
+    kind = type(value)
+    if kind is Tensor:
+        return "tensor"
+    if value is None or kind is bool or kind is str:
+        return (kind.__name__, value)
     if isinstance(value, Tensor):
         return "parameter" if isinstance(value, nn.Parameter) else "tensor"
-    if value is None or isinstance(value, (bool, str)):
-        return (type(value).__name__, value)
+    form = _form(value)
+    if form == "leaf":
+        return _leaf_signature(value, top)
+    if depth > _DEPTH:
+        raise Unsupported(f"a value nested deeper than {_DEPTH} levels")
+    inside = top and isinstance(value, tuple)
+    counters = has_counters(value)
+    return (
+        kind.__name__,
+        tuple(
+            (*step, signature(item, inside or (counters and type(item) is int), depth + 1))
+            for step, item in parts(value) or ()
+        ),
+    )
+
+
+def _leaf_signature(value: Any, top: bool) -> Any:
+    kind = type(value)
+    if isinstance(value, (bool, str)):
+        return (kind.__name__, value)
     if isinstance(value, (int, torch.SymInt)):
         return "int" if top else ("int", int(value))
     if isinstance(value, (*_SCALARS, *_TORCH_SCALARS)):
-        return (type(value).__name__, str(value) if isinstance(value, (slice, range)) else value)
-    if depth > _DEPTH:
-        raise Unsupported(f"a value nested deeper than {_DEPTH} levels")
-    inner = parts(value)
-    if inner is None:
-        return (type(value).__name__, id(value))
-    ints = (top and isinstance(value, tuple)) or has_counters(value)
-    return (
-        type(value).__name__,
-        tuple((step.attribute, step.key, signature(item, ints and not parts(item), depth + 1)) for step, item in inner),
-    )
+        return (kind.__name__, str(value) if isinstance(value, (slice, range)) else value)
+    return (kind.__name__, id(value))
 
 
 def has_counters(value: Any) -> bool:
     """Whether the ints among an object's attributes are inputs of a graph: a plain object that a forward may change."""
-    kind = type(value)
-    if isinstance(value, (tuple, list, dict, *_LEAVES)) or dataclasses.is_dataclass(value):
-        return False
-    return kind.__setattr__ is object.__setattr__ and parts(value) is not None
+    return _form(value) == "object" and type(value).__setattr__ is object.__setattr__
 
 
 def aliases(values: tuple[Any, ...]) -> tuple[int, ...]:
@@ -121,9 +191,8 @@ def aliases(values: tuple[Any, ...]) -> tuple[int, ...]:
     """
     if len(values) < 2 and (not values or isinstance(values[0], Tensor)):
         return ()
-    tensors = [item for value in values for _, item in walk(value) if isinstance(item, Tensor)]
-    first = [next(j for j, other in enumerate(tensors) if other is tensor) for tensor in tensors]
-    return () if all(i == j for i, j in enumerate(first)) else tuple(first)
+    places = list(map(id, tensors_in(values)))
+    return () if len(set(places)) == len(places) else tuple(map(places.index, places))
 
 
 def same(old: Any, new: Any) -> bool:
