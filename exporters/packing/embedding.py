@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qgraph.exporters.lowering.builder import GraphBuilder
 
-from .emit import emit_scale, emit_zero_point, group_runs, spread_groups
+from .emit import FLOAT, emit_scale, emit_zero_point, group_runs, natural, spread_groups
 from .packed import PackedWeight, pack, unpack
 from .streams import Target, flatten_rows
 
@@ -41,16 +41,20 @@ def _levels(b: GraphBuilder, p: PackedWeight, name: str, flat: ir.Value) -> ir.V
     stored = name
     if not p.aligned:
         p, stored = pack(unpack(p), align_rows=True), f"{name}.rows"
-    node, features, target = f"{name}.gather", p.rows[1], Target(np.dtype(np.float32))
+    node, features = f"{name}.gather", p.rows[1]
+    # Codes first, then a cast: the lookup table is the one that other weights use, and a quarter of a float one.
+    target = Target(np.dtype(np.float32)) if p.spec is None else natural(p)
 
     def rows_of(part: str) -> ir.Value:
         table = b.initializer(f"{stored}.{part}", p.arrays[part])
         return b.op("Gather", [table, flat], {"axis": 0}, name=node)
 
     if p.mask is None:
-        return p.stream.emit(b, rows_of("packed"), features, node, target)
-    kept = p.stream.emit(b, rows_of("packed"), p.mask.count(1, features), node, target)
-    return p.mask.emit(b, rows_of("mask"), kept, target.scalar(), (-1, features), node, aligned=True)
+        levels = p.stream.emit(b, rows_of("packed"), features, node, target)
+    else:
+        kept = p.stream.emit(b, rows_of("packed"), p.mask.count(1, features), node, target)
+        levels = p.mask.emit(b, rows_of("mask"), kept, target.scalar(), (-1, features), node, aligned=True)
+    return levels if p.spec is None else b.cast(levels, FLOAT, name=node)
 
 
 def _scaled(b: GraphBuilder, p: PackedWeight, name: str, levels: ir.Value, flat: ir.Value) -> ir.Value:
