@@ -146,7 +146,7 @@ class Values:
             return traced(value, _Part(node, path, self), self._recorder)
         if type(value) is tuple or type(value) is torch.Size:
             items = [self._trace_ints(node, item, (*path, Step(False, i))) for i, item in enumerate(value)]
-            if any(is_traced(item) for item in items):
+            if any(new is not old for new, old in zip(items, value, strict=True)):
                 return type(value)(items)
         return value
 

@@ -9,11 +9,9 @@ quantizers at each site, recording or not; that is how a forward that stays Pyth
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
@@ -23,11 +21,14 @@ from qgraph.capture.arguments import Values
 from qgraph.capture.counters import Counters
 from qgraph.capture.effects import Effects
 from qgraph.capture.guards import Guard, check
+from qgraph.capture.modes import Modes
 from qgraph.capture.operands import OperandTracker
+from qgraph.capture.randomness import random_states, same_random
+from qgraph.capture.reads import Reads
 from qgraph.capture.serialize import RESERVED, new_graph
 from qgraph.capture.source import definition, locate
 from qgraph.capture.structure import Unsupported, signature, walk
-from qgraph.capture.values import Expression, Leaf, plain, traced
+from qgraph.capture.values import Expression, Leaf, plain
 
 if TYPE_CHECKING:
     from qgraph.capture.state import ModuleState
@@ -61,6 +62,8 @@ class Recorder(TorchFunctionMode):
         self.values = Values(self)
         self.effects = Effects(self)
         self.counters = Counters(self)
+        self.reads = Reads(self)
+        self.modes = Modes(self)
         self.guards: dict[str, Guard] = {}
         self.late_guards = 0
         self.inside = 0  # > 0 while the mode is on and the forward's own code runs
@@ -68,8 +71,6 @@ class Recorder(TorchFunctionMode):
         self.in_place = False
         self._versions: list[tuple[Tensor, int]] = []
         self._ended: str | None = None  # where the forward is written, once it is through
-        self._grad_modes: list[fx.Node] = []
-        self._autocasts: dict[int, fx.Node] = {}
         self._rng: Any = None
         self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self.operands = OperandTracker(module, state)
@@ -97,13 +98,14 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             bound = self._placeholders(names, args, kwargs)
         self._watch_module()
-        self._rng = _random_states()
+        self._rng = random_states()
         self.counters.show()
         try:
             with self._active(), self:
                 result = forward(self.module, *bound[0], **bound[1])
         except BaseException:
             self.counters.hide()
+            self.effects.release()
             raise
         self._ended = definition(forward)
         self._finish(result)
@@ -130,7 +132,7 @@ class Recorder(TorchFunctionMode):
                 yield
         finally:
             self.inside = inside
-            self._rng = _random_states()
+            self._rng = random_states()
 
     def _placeholders(
         self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -193,7 +195,7 @@ class Recorder(TorchFunctionMode):
         if calls.transformed():
             self.fail("runs under a functorch transform (vmap, grad)")
         if func is torch._C._set_grad_enabled:
-            self._set_grad_enabled(bool(plain_args[0]))
+            self.modes.set_grad_enabled(bool(plain_args[0]))
             return func(*plain_args)
         run_args, run_kwargs = self.operands.at(calls.name_of(func), plain_args, plain_kwargs, self.quantize)
         versions = self.values.versions(plain_args, plain_kwargs) if self.recording else {}
@@ -227,12 +229,12 @@ class Recorder(TorchFunctionMode):
         if name in calls.DATA_READS:
             raise Unsupported(f"reads tensor data in Python: {name}")
         if calls.is_getter(func):
-            return self._attribute(args[0], name, result)
+            return self.reads.attribute(args[0], name, result)
         if name in calls.SIZE_READS:
-            return self._size(name, args, kwargs, result)
+            return self.reads.size(name, args, kwargs, result)
         if name in calls.PROPERTY_READS:
             extra = args[1] if len(args) > 1 else None
-            self.read(args[0], name, extra, result)
+            self.reads.read(args[0], name, extra, result)
             return result
         if not _holds_tensor(result) and result is not None:
             raise Unsupported(f"turns tensors into a Python value: {name} gives {type(result).__name__}")
@@ -256,41 +258,7 @@ class Recorder(TorchFunctionMode):
         data_dependent = calls.name_of(func) in calls.DATA_SHAPES or calls.boolean_index(func, args)
         return self.values.result(node, result, args, kwargs, versions, data_dependent)
 
-    # -- what Python reads off a tensor ------------------------------------------------------------------------------
-
-    def _attribute(self, tensor: Tensor, name: str, result: Any) -> Any:
-        if name == "shape":
-            return torch.Size([self._traced_size(tensor, i, v) for i, v in enumerate(result)])
-        if name == "grad_fn":
-            return result
-        if isinstance(result, Tensor):
-            node = self.graph.call_function(getattr, (self.values.node(tensor), name))
-            node.meta["where"] = locate()[0]
-            return self.values.result(node, result, (tensor,), {}, {}, False)
-        self.read(tensor, name, None, result)
-        return result
-
-    def _size(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        tensor = args[0]
-        if name == "size" and isinstance(result, tuple):
-            return torch.Size([self._traced_size(tensor, i, v) for i, v in enumerate(result)])
-        if name == "size":
-            dim = plain(args[1] if len(args) > 1 else kwargs["dim"])
-            return self._traced_size(tensor, dim % tensor.dim(), result)
-        if name == "__len__":
-            self.read(tensor, "size", 0, result)
-            return result
-        self.values.forbid_data_dependent(tensor)
-        return traced(result, Leaf(self.values.node(tensor), "numel"), self)
-
-    def _traced_size(self, tensor: Tensor, dim: int, value: int) -> Any:
-        return traced(value, Leaf(self.values.node(tensor), "size", dim), self) if self.recording else value
-
-    def read(self, tensor: Tensor, name: str, argument: Any, value: Any) -> None:
-        """Python was told a property of a tensor: a guard."""
-        if argument is not None and not isinstance(argument, int):
-            raise Unsupported(f"reads {name} with {argument!r}")
-        self.guard(Leaf(self.values.node(tensor), name, argument), value)
+    # -- guards --------------------------------------------------------------------------------------------------------
 
     def guard(self, expression: Expression, value: Any) -> None:
         """Note that Python relied on `expression` being `value`."""
@@ -326,29 +294,7 @@ class Recorder(TorchFunctionMode):
             length = self.graph.call_function(len, (node,))
             self._check(check, (length, len(result), node.meta["where"]))
 
-    # -- modes, module state, children -------------------------------------------------------------------------------
-
-    def _set_grad_enabled(self, value: bool) -> None:
-        if not self.recording or value == torch.is_grad_enabled():
-            if self.recording and not value:
-                self._grad_modes.append(self.graph.call_function(torch.is_grad_enabled))
-                self.graph.call_function(torch._C._set_grad_enabled, (False,))
-            return
-        if value and self._grad_modes:
-            self.graph.call_function(torch._C._set_grad_enabled, (self._grad_modes.pop(),))
-            return
-        self._grad_modes.append(self.graph.call_function(torch.is_grad_enabled))
-        self.graph.call_function(torch._C._set_grad_enabled, (value,))
-
-    def enter_autocast(self, context: torch.autocast) -> None:
-        if self.recording:
-            settings = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
-            self._autocasts[id(context)] = self.graph.call_function(torch.amp.autocast_mode._enter_autocast, settings)
-
-    def leave_autocast(self, context: torch.autocast) -> None:
-        entered = self._autocasts.pop(id(context), None)
-        if self.recording and entered is not None:
-            self.graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    # -- children, changes -------------------------------------------------------------------------------------------
 
     def child_called(
         self,
@@ -413,7 +359,7 @@ class Recorder(TorchFunctionMode):
                 self.fail(f"changes {name} in forward")
 
     def _check_random(self) -> None:
-        if self.recording and self._rng is not None and not _same_random(self._rng, _random_states()):
+        if self.recording and self._rng is not None and not same_random(self._rng, random_states()):
             self.fail("draws from Python's or numpy's random numbers")
 
 
@@ -430,6 +376,10 @@ def _leaves(expression: Any) -> Iterator[Leaf]:
             yield from _leaves(operand)
 
 
+def _printable(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout, type(None)))
+
+
 def _shallow(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         for key, item in value.items():
@@ -440,20 +390,7 @@ def _shallow(value: Any) -> Iterator[Any]:
         yield from value
 
 
-def _printable(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout, type(None)))
-
-
 def _holds_tensor(value: Any) -> bool:
     if isinstance(value, Tensor):
         return True
     return isinstance(value, (tuple, list)) and any(_holds_tensor(v) for v in value)
-
-
-def _random_states() -> tuple[Any, Any]:
-    return random.getstate(), np.random.get_state(legacy=False)
-
-
-def _same_random(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:
-    a, b = before[1]["state"], after[1]["state"]
-    return before[0] == after[0] and a["pos"] == b["pos"] and bool((a["key"] == b["key"]).all())

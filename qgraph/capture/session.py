@@ -150,11 +150,11 @@ class Session:
 
     def enter_autocast(self, context: torch.autocast) -> None:
         if self.recorder is not None:
-            self.recorder.enter_autocast(context)
+            self.recorder.modes.enter_autocast(context)
 
     def leave_autocast(self, context: torch.autocast) -> None:
         if self.recorder is not None:
-            self.recorder.leave_autocast(context)
+            self.recorder.modes.leave_autocast(context)
 
     def start(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the outermost forward of a session that began inside its call."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -91,9 +90,15 @@ def _classify(value: Any) -> str:
     return "leaf" if callable(value) or not hasattr(value, "__dict__") else "object"
 
 
-@functools.cache
+_names: dict[Any, tuple[str, ...]] = {}
+
+
 def _fields(kind: Any) -> tuple[str, ...]:
-    return kind._fields if issubclass(kind, tuple) else tuple(field.name for field in dataclasses.fields(kind))
+    """The names of the fields of a named tuple or a dataclass."""
+    if kind not in _names:
+        named = issubclass(kind, tuple)
+        _names[kind] = kind._fields if named else tuple(field.name for field in dataclasses.fields(kind))
+    return _names[kind]
 
 
 def walk(

@@ -181,3 +181,30 @@ def test_a_counter_of_the_module_stays_python():
         for _ in range(12):
             x = torch.randn(3, 4)
             assert torch.equal(prepared(x), other(x))
+
+
+class Sized(nn.Module):
+    def forward(self, x):
+        return x.flatten(1), (x.shape[1], (x.shape[2],))
+
+
+class Unflattens(nn.Module):
+    """Sizes that a child returns inside tuples are no constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.sized, self.fc = Sized(), nn.Linear(1, 2)
+
+    def forward(self, x):
+        flat, (rows, (columns,)) = self.sized(x)
+        return self.fc(flat.view(-1, rows, columns, 1))
+
+
+def test_sizes_in_nested_results():
+    model = Unflattens()
+    prepared = qgraph.prepare(model, "A8W4", (torch.randn(2, 3, 4),))
+    with qgraph.disabled(prepared):
+        for shape in ((2, 3, 4), (2, 5, 6)):
+            x = torch.randn(shape)
+            assert torch.equal(prepared(x), model(x))
+    assert coverage(prepared).guard_misses == 0
