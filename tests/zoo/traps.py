@@ -444,3 +444,18 @@ class Generator(nn.Module):
 
     def forward(self, x):
         return dict(self.features(x)) | {"own": F.linear(x, self.items)}
+
+
+@trap(rows(8, 6, 9))
+class GroupedExperts(nn.Module):
+    """One product for all experts, their weights stacked; the rows of each expert end at an offset."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 16, 8) * 0.3)
+        self.down = nn.Parameter(torch.randn(2, 16, 8) * 0.3)
+
+    def forward(self, x):
+        offsets = torch.full((2,), x.shape[0], dtype=torch.int32) - torch.tensor([2, 0], dtype=torch.int32)
+        h = torch.relu(F.grouped_mm(x, self.up.transpose(-2, -1), offs=offsets))
+        return F.grouped_mm(h, self.down, offs=offsets)
