@@ -68,7 +68,7 @@ def table(result: dict) -> str:
     c = result["conditions"]
     note = (
         f"`python benchmarks/demo_table.py`: {c['processor']}, {c['cores']} cores, torch {c['torch']}, onnxruntime\n"
-        f"{c['onnxruntime']}; one seed, one recipe for all rows; {result['seconds']:.0f} seconds. Outputs beyond 1e-5:\n"
+        f"{c['onnxruntime']}; one seed, one recipe for all; {result['seconds']:.0f} seconds. Outputs beyond 1e-5:\n"
         "an activation lay on a rounding tie and its code went the other way. The last column is the latency of FP32\n"
         "over that of the row, batch 1: at this size the nodes of a graph weigh more than its arithmetic."
     )
