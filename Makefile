@@ -13,7 +13,7 @@ TORCH_BUILD ?= cpu
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.stamp-$(or $(TORCH_BUILD),pypi)
+STAMP := $(VENV)/.stamp-$(or $(TORCH_BUILD),plain)
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 # macOS wheels carry no local version: there the plain release is the CPU build.
 TORCH_LOCAL := $(if $(and $(TORCH_BUILD),$(filter-out Darwin,$(shell uname -s))),+$(TORCH_BUILD))
