@@ -37,7 +37,7 @@ class QuantizeActivations(Pass):
         for found in list(find_sites(graph, context.owner)):
             for placed in found.site.inputs:
                 x = found.operand_node(placed)
-                if not isinstance(x, fx.Node) or is_quantizer(x, context.module):
+                if not isinstance(x, fx.Node) or is_quantizer(x):
                     continue
                 quantizer = context.owner.activation(placed, found.site.call)
                 if quantizer is None:

@@ -38,7 +38,7 @@ class ShareQuantizers(Pass):
         for node in list(graph.nodes):
             if _may_change_tensors(node, context):
                 first.clear()
-            module = context.module.get_submodule(str(node.target)) if is_quantizer(node, context.module) else None
+            module = context.module.get_submodule(str(node.target)) if is_quantizer(node) else None
             if not isinstance(module, ActivationQuantizer) or module.step is not None:
                 continue
             key = (node.args, module.spec, module.groups)
@@ -51,7 +51,7 @@ class ShareQuantizers(Pass):
 
 
 def _may_change_tensors(node: fx.Node, context: PassContext) -> bool:
-    if node.op in _PURE_OPS or is_quantizer(node, context.module):
+    if node.op in _PURE_OPS or is_quantizer(node):
         return False
     if node.op == "call_module":
         return True

@@ -48,7 +48,7 @@ def entries(graph: fx.Graph, context: PassContext) -> list[Entry]:
 
 def _entry(site: GraphSite, placed: Placed) -> Entry:
     user, node = site.node, site.operand_node(placed)
-    while placed.source.exact and node.op != "get_attr" and not is_quantizer(node, None):  # type: ignore[arg-type]
+    while placed.source.exact and node.op != "get_attr" and not is_quantizer(node):
         user, node = node, node.args[0]
     return Entry(site, placed, user, node)
 

@@ -117,7 +117,7 @@ def node_source(node: fx.Node, sources: dict[fx.Node, Source], numbers: set[fx.N
         if not node.meta.get("parameter"):
             return CONSTANT
         return Source("parameter", (owner.shared.canonical_name(owner.path, str(node.target)),), exact=True)
-    if is_quantizer(node, owner.module):
+    if is_quantizer(node):
         return sources.get(node.args[0], CONSTANT) if isinstance(node.args[0], fx.Node) else CONSTANT
     inputs = [sources[n] for n in node.all_input_nodes if n not in numbers]
     if node.op == "call_module":
@@ -136,14 +136,14 @@ def rank(value: Any) -> int:
     return len(value.meta.get("shape", ())) if isinstance(value, fx.Node) else 0
 
 
-def is_quantizer(node: fx.Node, module: nn.Module) -> bool:
+def is_quantizer(node: fx.Node) -> bool:
     """Whether a node calls one of our own modules."""
     return node.op == "call_module" and str(node.target).split(".")[0] == "qgraph"
 
 
 def unquantized(value: Any) -> Any:
     """The node behind the quantizers and sparsifiers that passes have put before an operand."""
-    while isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).split(".")[0] == "qgraph":
+    while isinstance(value, fx.Node) and is_quantizer(value):
         value = value.args[0]
     return value
 

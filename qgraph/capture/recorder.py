@@ -219,7 +219,7 @@ class Recorder(TorchFunctionMode):
         result: Any,
         versions: Any,
     ) -> Any:
-        if torch.is_inference_mode_enabled() and not self.state.inference:
+        if torch.is_inference_mode_enabled():
             raise Unsupported("enters inference mode")
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not self._hooks:
             raise Unsupported("runs under saved-tensor hooks (activation checkpointing)")

@@ -144,7 +144,6 @@ class ModuleState:
         self.opaque: list[Opaque] = []
         self.python_sites: dict[tuple[str, ...], Any] = {}
         self.misses = 0
-        self.inference = False
         self.positional = positional_names(forward)
 
     def owner(self, module: nn.Module) -> Owner:
