@@ -139,10 +139,19 @@ def _run_checked(
 
 
 def run_python(module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call) -> Any:
-    """Run the module's own Python: a graph break under torch.compile, but not under torch.export, which allows none."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        return _outside_graphs(module, state, forward, args, kwargs, call)
-    return python_body(module, state, forward, args, kwargs, call)
+    """Run the module's own Python. Under torch.compile that is a graph break, but where it has nothing to quantize it
+    is compiled as eager's would be; under torch.export it is traced like the rest.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return python_body(module, state, forward, args, kwargs, call)
+    if state.known_opaque(call, module.training) is not None and not state.python_sites and not _own_weights(module):
+        return forward(module, *args, **kwargs)
+    return _outside_graphs(module, state, forward, args, kwargs, call)
+
+
+def _own_weights(module: nn.Module) -> bool:
+    """Whether a module holds a matrix itself, which another branch of its forward may multiply with."""
+    return any(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values())
 
 
 def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call) -> Any:

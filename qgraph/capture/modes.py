@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.autograd import grad_mode
 
 if TYPE_CHECKING:
     from qgraph.capture.recorder import Recorder
@@ -16,21 +18,27 @@ class Modes:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._grad_modes: list[fx.Node] = []
+        self._grad_modes: dict[int, tuple[Any, fx.Node]] = {}  # blocks entered (held, so that no id comes twice)
         self._autocasts: dict[int, fx.Node] = {}
 
     def set_grad_enabled(self, value: bool) -> None:
-        """The forward switches gradients on or off; leaving a block puts back what the graph found."""
-        if not self._recorder.recording or value == torch.is_grad_enabled():
-            if self._recorder.recording and not value:
-                self._grad_modes.append(self._recorder.graph.call_function(torch.is_grad_enabled))
-                self._recorder.graph.call_function(torch._C._set_grad_enabled, (False,))
+        """The forward switches gradients on or off; leaving a block puts back what the graph found on entering it."""
+        if not self._recorder.recording:
             return
-        if value and self._grad_modes:
-            self._recorder.graph.call_function(torch._C._set_grad_enabled, (self._grad_modes.pop(),))
+        graph, (context, step) = self._recorder.graph, _grad_context()
+        found = self._grad_modes.get(id(context))
+        if step in ("__init__", "__enter__") and found is None:
+            self._grad_modes[id(context)] = (context, graph.call_function(torch.is_grad_enabled))
+        elif step in ("__exit__", "__call__") and found is not None:
+            graph.call_function(torch._C._set_grad_enabled, (found[1],))
+            del self._grad_modes[id(context)]
             return
-        self._grad_modes.append(self._recorder.graph.call_function(torch.is_grad_enabled))
-        self._recorder.graph.call_function(torch._C._set_grad_enabled, (value,))
+        graph.call_function(torch._C._set_grad_enabled, (value,))
+
+    @property
+    def left_switched(self) -> bool:
+        """Whether gradients were switched outside of any block, for good or back by a value read."""
+        return bool(self._grad_modes)
 
     def enter_autocast(self, context: torch.autocast) -> None:
         """The forward enters an autocast block."""
@@ -45,3 +53,13 @@ class Modes:
         entered = self._autocasts.pop(id(context), None)
         if self._recorder.recording and entered is not None:
             self._recorder.graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+
+
+def _grad_context() -> tuple[Any, str]:
+    """The block (no_grad, enable_grad, set_grad_enabled) that switches gradients just now, and its method that does."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != grad_mode.__file__:
+        frame = frame.f_back
+    while frame is not None and frame.f_back is not None and frame.f_back.f_code.co_filename == grad_mode.__file__:
+        frame = frame.f_back  # no_grad switches by a set_grad_enabled of its own
+    return (None, "") if frame is None else (frame.f_locals.get("self"), frame.f_code.co_name)

@@ -158,6 +158,8 @@ class Recorder(TorchFunctionMode):
         self.in_place = any(tensor._version != version for tensor, version in self._versions)
         self._check_random()
         self._check_lists()
+        if self.modes.left_switched:
+            self.fail("switches gradients outside of a with block")
         self._flush()
         with torch._C.DisableTorchFunction():
             self.effects.release()

@@ -132,3 +132,85 @@ def test_keys_class_deepcopy_and_pickle(name):
         assert all(same(a, b) for a, b in zip(out, expected, strict=True))
         other.load_state_dict({k: torch.zeros_like(v) for k, v in model.state_dict().items()})
         assert all(same(a, b) for a, b in zip(run(prepared, first, False)[0], expected, strict=True))
+
+
+def _no_grad(m, x):
+    with torch.no_grad():
+        y = m.first(x)
+    return y, m.second(y)
+
+
+def _switch(m, x):
+    with torch.set_grad_enabled(False):
+        y = m.first(x)
+    return y, m.second(y)
+
+
+def _enable_grad(m, x):
+    with torch.enable_grad():
+        with torch.no_grad():
+            y = m.first(x)
+        with torch.enable_grad(), torch.set_grad_enabled(True):
+            z = m.first(x)
+        w = m.second(z)
+    return y, z, w, m.second(z)
+
+
+@torch.no_grad()
+def _decorated(m, x):
+    return m.first(x)
+
+
+def _calls_decorated(m, x):
+    return _decorated(m, x), m.second(x)
+
+
+def _bare_switch(m, x):
+    before = torch.is_grad_enabled()
+    torch.set_grad_enabled(False)
+    y = m.first(x)
+    torch.set_grad_enabled(before)
+    return y, m.second(x)
+
+
+@pytest.mark.parametrize("body", [_no_grad, _switch, _enable_grad, _calls_decorated, _bare_switch])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_gradients_switched_in_a_forward_are_as_in_eager_whatever_the_caller_has_set(body, recorded):
+    class Switching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return body(self, x)
+
+    model, x = Switching(), torch.randn(2, 4)
+    with torch.set_grad_enabled(recorded):
+        prepared = qgraph.prepare(model, "A8W4", (x,))
+    for now in (True, False):
+        with torch.set_grad_enabled(now):
+            ours = prepared(x)
+            assert torch.is_grad_enabled() is now
+            assert [y.requires_grad for y in ours] == [y.requires_grad for y in model(x)]
+
+
+class SkipsFullMasks(torch.nn.Module):
+    """As masks are made in transformers: looked into, except while compiling."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        if not torch.compiler.is_compiling() and bool(mask.all()):
+            return self.second(self.first(x))
+        return self.second(self.first(x) * mask)
+
+
+def test_a_forward_left_python_compiles_in_one_graph_where_it_has_no_site_itself():
+    x, mask = torch.randn(3, 4), torch.ones(3, 1)
+    prepared = qgraph.prepare(SkipsFullMasks(), "A8W4", (x, mask))
+    assert coverage(prepared).opaque
+    torch._dynamo.reset()
+    compiled = torch.compile(prepared, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, mask), prepared(x, mask))
