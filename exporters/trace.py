@@ -10,21 +10,19 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 from onnx.defs import OpSchema, SchemaError, get_schema, register_schema
 from onnxscript.values import Opset
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from qgraph.errors import ExportError
 from qgraph.exporters.lowering import recurrent
+from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites
 from qgraph.exporters.shapes import ShapePlan
 from qgraph.exporters.signature import FlatModel
 from qgraph.exporters.where import chain, user_line
@@ -35,10 +33,6 @@ MINIMUM_OPSET = 18  # the lowest that torch's exporter writes; LayerNormalizatio
 DEFAULT_OPSET = 20
 GENERAL_HINT = "see the chained error, and try dynamic_shapes={} for a static file"
 HINTS = {  # what a known failure says -> what helps
-    "mat_a.dtype": "set model.config._experts_implementation = 'batched_mm' before prepare (grouped "
-    "products of experts)",
-    "grouped_mm": "set model.config._experts_implementation = 'batched_mm' before prepare (grouped products "
-    "of experts)",
     "batch_sizes": "a packed sequence has no form in ONNX: pass the padded tensor to the recurrent layer",
     "_packed_sequence": "a packed sequence has no form in ONNX: pass the padded tensor to the recurrent layer",
 }
@@ -73,20 +67,19 @@ def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: in
         The exporter's own error where it is none of ours: the caller decides whether to try fewer dynamic
         sizes.
     """
+    rewrites = Rewrites(ALWAYS)
     try:
-        return _trace(flat, tensors, plan, opset, decompose_attention=False)
+        model = _trace(flat, tensors, plan, opset, rewrites)
     except Exception as error:
         if not _attention_trouble(error):
             raise
-        notes.append(
-            "scaled_dot_product_attention was written out as matmul and softmax: the exporter cannot take it whole"
-        )
-        return _trace(flat, tensors, plan, opset, decompose_attention=True)
+        rewrites = Rewrites({**ALWAYS, **ATTENTION})
+        model = _trace(flat, tensors, plan, opset, rewrites)
+    notes += rewrites.notes
+    return model
 
 
-def _trace(
-    flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, decompose_attention: bool
-) -> ir.Model:
+def _trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, rewrites: Rewrites) -> ir.Model:
     _register_schemas()
     named = plan.torch_dims()
     shapes = {
@@ -98,7 +91,7 @@ def _trace(
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        with exporting(), recurrent.RecurrentAsOperator(), WrittenOut(decompose_attention):
+        with exporting(), recurrent.RecurrentAsOperator(), rewrites:
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         onnx_program = torch.onnx.export(
             program,
@@ -139,49 +132,6 @@ def explain(error: BaseException, model_name: str) -> ExportError:
 def is_data_dependent(error: BaseException) -> bool:
     """Whether a value of a tensor decided the path or a size; no choice of dynamic sizes helps then."""
     return any("DataDependent" in type(e).__name__ or "data-dependent" in str(e) for e in chain(error))
-
-
-class WrittenOut(TorchFunctionMode):
-    """While active and `attention` is set, scaled_dot_product_attention is matmul, softmax, matmul."""
-
-    def __init__(self, attention: bool) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.attention and func is F.scaled_dot_product_attention:
-            return plain_attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """scaled_dot_product_attention, written out.
-
-    Source:
-    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
-    """
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (query * factor) @ key.transpose(-2, -1)
-    if not isinstance(is_causal, bool) or is_causal:  # a symbolic bool: one query token attends to all keys either way
-        length, total = query.shape[-2], key.shape[-2]
-        causal = torch.ones(length, total, dtype=torch.bool, device=query.device).tril()
-        scores = scores.masked_fill(~causal, float("-inf"))
-    if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if boolean else scores + attn_mask
-    return torch.softmax(scores, -1) @ value
 
 
 def _translations() -> dict[Any, Any]:

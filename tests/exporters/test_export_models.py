@@ -319,3 +319,27 @@ def test_silent_where_there_is_no_terminal(tmp_path, capfd):
     export(net, tmp_path / "m.onnx", (torch.randn(2, 8),))
     out, err = capfd.readouterr()
     assert out == "" and err == ""
+
+
+class Grouped(nn.Module):
+    """Stacked experts, one product for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.w = nn.Linear(8, 3), nn.Parameter(torch.randn(3, 8, 16) * 0.3)
+
+    def forward(self, x):
+        expert, order = self.gate(x).argmax(-1).sort()
+        offsets = (expert[None] <= torch.arange(3)[:, None]).sum(1).int()
+        return torch.nn.functional.grouped_mm(x[order], self.w, offs=offsets)[order.argsort()]
+
+
+def test_grouped_products_are_written_out_and_reported(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(9, 8)
+    net = qgraph.prepare(Grouped(), "W4", (x,)).eval()
+    report = export(net, tmp_path / "m.onnx", (x,))
+    assert report.dynamic == ("x: 0=batch",) and any("grouped_mm was written out" in note for note in report.notes)
+    assert {layer.path + "." + layer.operand for layer in report.layers} == {"gate.weight", ".w"}
+    x = torch.randn(14, 8)
+    assert differ(net(x), run(tmp_path / "m.onnx", x=x)[0]) < TOLERANCE

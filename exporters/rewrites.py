@@ -1,0 +1,104 @@
+"""What torch's exporter cannot take as it is, written in operations that it can: in the traced copy only.
+
+`ALWAYS` has no translation at all; `ATTENTION` fails for some models alone and is written out for those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Rewrites(TorchFunctionMode):
+    """While active, calls of the table's functions become what it says; `used` collects what was written out."""
+
+    def __init__(self, table: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.table = table
+        self.used: dict[str, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _name(func)
+        written = self.table.get(name) if _is_function(func) else None
+        if written is None:
+            return func(*args, **(kwargs or {}))
+        self.used[name] = None
+        with self:
+            return written(*args, **(kwargs or {}))
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each function that was written out."""
+        return [f"{name} was written out as {_line(self.table[name])}" for name in self.used]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """matmul and softmax.
+
+    Source:
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+    """
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query * factor) @ key.transpose(-2, -1)
+    if not isinstance(is_causal, bool) or is_causal:  # a symbolic bool: one query token attends to all keys either way
+        length, total = query.shape[-2], key.shape[-2]
+        causal = torch.ones(length, total, dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~causal, float("-inf"))
+    if attn_mask is not None:
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if boolean else scores + attn_mask
+    return torch.softmax(scores, -1) @ value
+
+
+def grouped_product(x: Tensor, weights: Tensor, offs: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
+    """products with all groups, of which each row takes its own.
+
+    Parameters
+    ----------
+    x : Tensor, shape (rows, n), float
+    weights : Tensor, shape (groups, n, m), float
+    offs : Tensor, shape (groups,), int
+        Where the rows of each group end; rows after the last are left to the last group (torch leaves them undefined).
+    """
+    rows = torch.arange(x.shape[0], device=x.device)
+    group = (rows[:, None] >= offs[None, :]).sum(1).clamp(max=weights.shape[0] - 1)
+    every = x @ weights  # (groups, rows, m)
+    return every.gather(0, group[None, :, None].expand(1, x.shape[0], weights.shape[2])).squeeze(0)
+
+
+ALWAYS: Mapping[str, Callable[..., Any]] = {
+    "grouped_mm": grouped_product,
+    "_grouped_mm": grouped_product,
+    "grouped_mm_fallback": grouped_product,
+}
+ATTENTION: Mapping[str, Callable[..., Any]] = {F.scaled_dot_product_attention.__name__: attention}
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", "")).split(".")[0]  # an operator's is `name.overload`
+
+
+def _is_function(func: Any) -> bool:
+    return getattr(Tensor, _name(func), None) is not func
+
+
+def _line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").splitlines()[0].rstrip(".")
