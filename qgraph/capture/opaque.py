@@ -1,14 +1,19 @@
-"""Run a forward as the Python it is, with the same quantizers at the same sites: for what no graph can hold."""
+"""Run a forward as the Python it is, with the same quantizers at the same sites: for what no graph can hold.
+
+Parts that are checkpointed run again in backward, when the forward's mode is over: they bring a mode of their own.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from qgraph.capture import calls
+from qgraph.capture.checkpointing import repeatable
 from qgraph.capture.operands import OperandTracker
 from qgraph.capture.state import ModuleState
 
@@ -18,6 +23,7 @@ class SiteMode(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, state: ModuleState) -> None:
         super().__init__()
+        self.module, self.state = module, state
         self.operands = OperandTracker(module, state)
 
     def __torch_function__(
@@ -51,9 +57,37 @@ def run_opaque(
     mode = SiteMode(module, state)
     for name, value in (*zip(state.names(args, {}), args, strict=True), *kwargs.items()):
         mode.operands.enter(name, value)
+    return _run_under(mode, forward, (module, *args), kwargs)
+
+
+def _run_under(mode: SiteMode, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Running.count += 1
     try:
-        with mode:
-            return forward(module, *args, **kwargs)
+        with repeatable(quantized_again), mode:
+            return function(*args, **kwargs)
     finally:
         Running.count -= 1
+
+
+def quantized_again(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+    """`function`, which the running forward is about to checkpoint, such that backward meets the same quantizers."""
+    mode = _running()
+    if mode is None:
+        return function
+    module, state, known = mode.module, mode.state, mode.operands.handed_on(args)
+    alive = weakref.ref(mode)  # it knows every tensor of the forward, and backward must not keep those
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if (now := _running()) is not None and now is alive():
+            return function(*args, **kwargs)
+        again = SiteMode(module, state)
+        again.operands.take_over(known, args)
+        return _run_under(again, function, args, kwargs)
+
+    return run
+
+
+def _running() -> Any:
+    """The mode, a `SiteMode` or a recorder, whose forward's own code is running, or None."""
+    modes = [m for m in _get_current_function_mode_stack() if isinstance(getattr(m, "operands", None), OperandTracker)]
+    return modes[-1] if modes else None

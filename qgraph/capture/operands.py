@@ -69,6 +69,16 @@ class OperandTracker:
         elif next(module.parameters(), None) is not None:
             self._note(result, Source("parameter", (path,)))
 
+    def handed_on(self, args: tuple[Any, ...]) -> tuple[list[Source], dict[str, list[Tensor]]]:
+        """What a part of the forward has to know to run again later: the sources of its arguments, operands met."""
+        return [self.source(t) for t in _tensors(args)], {key: list(met) for key, met in self._ordinals.items()}
+
+    def take_over(self, known: tuple[list[Source], dict[str, list[Tensor]]], args: tuple[Any, ...]) -> None:
+        """Begin with what `handed_on` gave, where the part runs again on `args`."""
+        for tensor, source in zip(_tensors(args), known[0], strict=True):
+            self._sources[id(tensor)] = (tensor, source)
+        self._ordinals = {key: list(met) for key, met in known[1].items()}
+
     def _note(self, result: Any, source: Source) -> None:
         for tensor in _tensors((result,)):
             known = self._sources.get(id(tensor))

@@ -18,9 +18,42 @@ from torch.nn.utils import stateless
 from qgraph.capture.calls import Apply
 from qgraph.capture.values import plain
 
-_lock = threading.Lock()
-_users = 0
-_originals: dict[tuple[Any, str], Any] = {}
+
+class Patches:
+    """Replaced attributes of classes and modules, put back when the last user is through."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._originals: dict[tuple[Any, str], Any] = {}
+
+    @contextlib.contextmanager
+    def on(self, install: Callable[[], None]) -> Iterator[None]:
+        """Run with what `install` replaces; a user beside another finds it replaced."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                install()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._restore()
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Replace an attribute; for `install` to call."""
+        self._originals[owner, name] = owner.__dict__[name]
+        setattr(owner, name, value)
+
+    def _restore(self) -> None:
+        for (owner, name), value in self._originals.items():
+            setattr(owner, name, value)
+        self._originals.clear()
+
+
+_patches = Patches()
 
 
 @contextlib.contextmanager
@@ -33,18 +66,8 @@ def patched(current: Callable[[], Any]) -> Iterator[None]:
     current : callable
         Gives the calling thread's capture session, or None.
     """
-    global _users
-    with _lock:
-        _users += 1
-        if _users == 1:
-            _install(current)
-    try:
+    with _patches.on(lambda: _install(current)):
         yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _restore()
 
 
 def _install(current: Callable[[], Any]) -> None:
@@ -99,21 +122,10 @@ def _install(current: Callable[[], Any]) -> None:
             session.recorder.fail("runs under vmap")
         return vmap_level(*plain(args), **kwargs)
 
-    _replace(stateless, "_functional_call", call_functionally)
-    _replace(vmap, "_vmap_increment_nesting", enter_vmap)
-    _replace(nn.Module, "__call__", call_module)
-    _replace(nn.Module, "__setattr__", assign)
-    _replace(torch.autograd.Function, "apply", classmethod(apply_function))
-    _replace(torch.autocast, "__enter__", enter_autocast)
-    _replace(torch.autocast, "__exit__", leave_autocast)
-
-
-def _replace(owner: Any, name: str, value: Any) -> None:
-    _originals[owner, name] = owner.__dict__[name]
-    setattr(owner, name, value)
-
-
-def _restore() -> None:
-    for (owner, name), value in _originals.items():
-        setattr(owner, name, value)
-    _originals.clear()
+    _patches.replace(stateless, "_functional_call", call_functionally)
+    _patches.replace(vmap, "_vmap_increment_nesting", enter_vmap)
+    _patches.replace(nn.Module, "__call__", call_module)
+    _patches.replace(nn.Module, "__setattr__", assign)
+    _patches.replace(torch.autograd.Function, "apply", classmethod(apply_function))
+    _patches.replace(torch.autocast, "__enter__", enter_autocast)
+    _patches.replace(torch.autocast, "__exit__", leave_autocast)

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
+from qgraph.capture.checkpointing import repeatable
+from qgraph.capture.opaque import quantized_again
 from qgraph.capture.patches import patched
 from qgraph.capture.recorder import Recorder
 from qgraph.capture.source import definition
@@ -35,7 +38,7 @@ def capturing(quantize: bool, reason: str | None = None, where: str | None = Non
     _local.session = session
     active.count += 1
     try:
-        with patched(current), _eager():
+        with patched(current), repeatable(quantized_again), _eager():
             yield session
     finally:
         active.count -= 1
@@ -117,6 +120,9 @@ class Session:
         if parent is None:
             return original(*args, **kwargs)
         plain_args, plain_kwargs = plain(args), plain(kwargs)
+        if target.function is CheckpointFunction:  # runs the forward's own code
+            parent.fail("checkpoints activations (use_reentrant=True)")
+            return original(*plain_args, **plain_kwargs)
         with parent.suspended(plain_args, plain_kwargs):
             versions = parent.values.versions(plain_args, plain_kwargs)
             result = original(*plain_args, **plain_kwargs)

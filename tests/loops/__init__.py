@@ -1,0 +1,1 @@
+"""Real training loops over a prepared model, in one process and in two."""
