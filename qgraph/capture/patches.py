@@ -6,6 +6,7 @@ The patched functions ask for the capture of the calling thread, so other thread
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from torch.nn.utils import stateless
 
 from qgraph.capture.calls import Apply
 from qgraph.capture.values import plain
+
+_INHERITED: Any = object()  # in place of an original that a base class has
 
 
 class Patches:
@@ -30,11 +33,11 @@ class Patches:
     @contextlib.contextmanager
     def on(self, install: Callable[[], None]) -> Iterator[None]:
         """Run with what `install` replaces; a user beside another finds it replaced."""
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                install()
         try:
+            with self._lock:
+                self._users += 1
+                if self._users == 1:
+                    install()
             yield
         finally:
             with self._lock:
@@ -44,12 +47,15 @@ class Patches:
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Replace an attribute; for `install` to call."""
-        self._originals[owner, name] = owner.__dict__[name]
+        self._originals[owner, name] = owner.__dict__.get(name, _INHERITED)
         setattr(owner, name, value)
 
     def _restore(self) -> None:
         for (owner, name), value in self._originals.items():
-            setattr(owner, name, value)
+            if value is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
         self._originals.clear()
 
 
@@ -58,8 +64,8 @@ _patches = Patches()
 
 @contextlib.contextmanager
 def patched(current: Callable[[], Any]) -> Iterator[None]:
-    """While a capture runs, calls of modules and of autograd functions, autocast, functional calls, vmap and
-    assignments to modules report to the session of their thread.
+    """While a capture runs, calls of modules and of autograd functions, autocast, functional calls, vmap, and
+    reads and assignments of a module's attributes report to the session of their thread.
 
     Parameters
     ----------
@@ -100,12 +106,18 @@ def _install(current: Callable[[], Any]) -> None:
             session.leave_autocast(context)
         return leave(context, *error)
 
-    set_attribute = nn.Module.__setattr__
+    get_attribute, set_attribute = nn.Module.__getattribute__, nn.Module.__setattr__
+
+    def read(module: nn.Module, name: str) -> Any:
+        session = current()
+        if session is not None and session.recorder is not None:
+            session.recorder.attributes.read(module, name, sys._getframe(1))
+        return get_attribute(module, name)
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
         session = current()
         if session is not None:
-            session.assigning(module)
+            session.assigning(module, name)
         set_attribute(module, name, value)
 
     functional_call, vmap_level = stateless._functional_call, vmap._vmap_increment_nesting
@@ -125,6 +137,7 @@ def _install(current: Callable[[], Any]) -> None:
     _patches.replace(stateless, "_functional_call", call_functionally)
     _patches.replace(vmap, "_vmap_increment_nesting", enter_vmap)
     _patches.replace(nn.Module, "__call__", call_module)
+    _patches.replace(nn.Module, "__getattribute__", read)
     _patches.replace(nn.Module, "__setattr__", assign)
     _patches.replace(torch.autograd.Function, "apply", classmethod(apply_function))
     _patches.replace(torch.autocast, "__enter__", enter_autocast)

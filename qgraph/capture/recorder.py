@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from qgraph.capture import calls
 from qgraph.capture.arguments import Values
+from qgraph.capture.attributes import AttributeReads
 from qgraph.capture.counters import Counters
 from qgraph.capture.effects import Effects
 from qgraph.capture.guards import Guard, check
@@ -63,6 +64,7 @@ class Recorder(TorchFunctionMode):
         self.effects = Effects(self)
         self.counters = Counters(self)
         self.reads = Reads(self)
+        self.attributes = AttributeReads(self)
         self.modes = Modes(self)
         self.guards: dict[str, Guard] = {}
         self.late_guards = 0
@@ -122,17 +124,34 @@ class Recorder(TorchFunctionMode):
     @contextlib.contextmanager
     def suspended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Step aside while a child module or an opaque function runs on these arguments."""
-        self._check_random()
-        self._flush()
-        self._note(self.values.introduce, args, kwargs)
+        with self.outside():
+            self._check_random()
+            self._flush()
+            self._note(self.values.introduce, args, kwargs)
+            self.counters.hide()
+            try:
+                with _pop_mode_temporarily():
+                    yield
+            finally:
+                self._rng = random_states()
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """While code runs that is not the forward's own."""
         inside, self.inside = self.inside, 0
-        self.counters.hide()
         try:
-            with _pop_mode_temporarily():
-                yield
+            yield
         finally:
             self.inside = inside
-            self._rng = random_states()
+
+    def path_to(self, module: nn.Module) -> str | None:
+        """The path from the forward's module to one below it, or None."""
+        if module is self.module:
+            return ""
+        for name, child in self.module._modules.items():
+            if child is module:
+                return name
+        return next((name for name, below in self.module.named_modules() if below is module), None)
 
     def _placeholders(
         self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]

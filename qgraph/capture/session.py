@@ -17,7 +17,7 @@ from qgraph.capture.opaque import quantized_again
 from qgraph.capture.patches import patched
 from qgraph.capture.recorder import Recorder
 from qgraph.capture.source import definition
-from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Variant, plain_attributes, settings_of
+from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Variant
 from qgraph.capture.structure import Unsupported
 from qgraph.capture.values import plain
 from qgraph.graph import STATE
@@ -103,15 +103,17 @@ class Session:
         if parent is None:
             self._announced = module
             return original(module, *args, **kwargs)
-        path = _relative_path(parent.module, module)
-        if path is None and STATE not in module.__dict__ and next(module.parameters(), None) is None:
+        with parent.outside():
+            path = parent.path_to(module)
+            helper = path is None and STATE not in module.__dict__ and next(module.parameters(), None) is None
+        if helper:
             return original(module, *args, **kwargs)  # a helper made on the fly: part of the caller's own forward
         plain_args, plain_kwargs = plain(args), plain(kwargs)
         with parent.suspended(plain_args, plain_kwargs):
             versions = parent.values.versions(plain_args, plain_kwargs)
             self._announced = module
             result = original(module, *plain_args, **plain_kwargs)
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), parent.outside():
             return parent.child_called(path, module, args, kwargs, result, versions)
 
     def call_leaf(self, target: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -126,7 +128,7 @@ class Session:
         with parent.suspended(plain_args, plain_kwargs):
             versions = parent.values.versions(plain_args, plain_kwargs)
             result = original(*plain_args, **plain_kwargs)
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), parent.outside():
             return self._leaf_called(parent, target, args, kwargs, result, versions)
 
     def _leaf_called(
@@ -144,15 +146,19 @@ class Session:
             parent.fail(str(error))
             return result
 
-    def assigning(self, module: nn.Module) -> None:
-        """A forward's own code is about to set an attribute of a module, perhaps of a child."""
+    def assigning(self, module: nn.Module, name: str) -> None:
+        """An attribute of a module is about to be set: where a forward's own code does, perhaps one of a child."""
         recorder = self.recorder
+        for running in self.stack:
+            running.attributes.wrote(module, name, own=running is recorder)
         if recorder is not None and recorder.recording and module is not recorder.module:
-            path = _relative_path(recorder.module, module)
+            with recorder.outside():
+                path = recorder.path_to(module)
             if path is None and STATE in module.__dict__:
                 recorder.fail(f"assigns to a {type(module).__name__} that is not its child")
             elif path is not None:
-                recorder.effects.watch_child(module, path)
+                with recorder.outside():
+                    recorder.effects.watch_child(module, path)
 
     def enter_autocast(self, context: torch.autocast) -> None:
         if self.recorder is not None:
@@ -199,7 +205,7 @@ class Session:
             reason = f"more than {MAX_VARIANTS} variants"
         elif reason is None and (entry := state.known_opaque(call, module.training)) is not None:
             reason = entry.reason
-        attributes, settings = plain_attributes(module), settings_of(module)
+        training = module.training
         recorder = Recorder(module, state, self.quantize, reason, self.where or definition(forward))
         self.stack.append(recorder)
         try:
@@ -207,10 +213,10 @@ class Session:
         finally:
             self.stack.pop()
         if not known:
-            self._keep(recorder, call, attributes, settings)
+            self._keep(recorder, call, training)
         return result
 
-    def _keep(self, recorder: Recorder, call: Call, attributes: dict[str, Any], settings: Any) -> None:
+    def _keep(self, recorder: Recorder, call: Call, training: bool) -> None:
         state = recorder.state
         with _install_lock:
             # With the tensors at hand: a learned step starts from the weight, whichever way it came here.
@@ -219,11 +225,11 @@ class Session:
                 variant = Variant(
                     call.names,
                     call.signature,
-                    attributes,
+                    training,
+                    recorder.attributes.held,
                     tuple(recorder.guards.values()),
                     recorder.graph,
                     recorder.late_guards,
-                    settings,
                     recorder.in_place,
                 )
                 state.variants.append(variant)
@@ -234,14 +240,4 @@ class Session:
             for site, where, weights in recorder.operands.sites:
                 shapes = [tuple(weight.shape) for weight in weights]
                 state.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, shapes))
-            state.give_up(call, bool(attributes["training"]), recorder.reason or "", recorder.reason_where)
-
-
-def _relative_path(parent: nn.Module, child: nn.Module) -> str | None:
-    for name, module in parent._modules.items():
-        if module is child:
-            return name
-    for name, module in parent.named_modules():
-        if module is child and name:
-            return name
-    return None
+            state.give_up(call, training, recorder.reason or "", recorder.reason_where)

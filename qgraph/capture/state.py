@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qgraph.capture.attributes import Held
 from qgraph.capture.guards import Guard
 from qgraph.capture.structure import Unsupported, aliases, signature, tensors_in
 from qgraph.graph import Shared
 from qgraph.placement import Owner
 
 MAX_VARIANTS = 8
-_SCALARS = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +33,17 @@ class Call:
 class Variant:
     """One captured graph of a module and the calls that it holds for.
 
-    ``names``: the arguments as the call gave them; ``signature``: their structure; ``attributes``: the module's own
-    plain attributes, ``training`` among them; ``settings``: the fields of plain objects that it holds, such as a
-    config; ``guards``: conditions on sizes and dtypes.
+    ``names``: the arguments as the call gave them; ``signature``: their structure; ``training``: the module's mode;
+    ``held``: the attributes that the forward has read; ``guards``: conditions on sizes and dtypes.
     """
 
     names: tuple[str, ...]
     signature: Any  # as in `Call`
-    attributes: dict[str, Any]
+    training: bool
+    held: tuple[Held, ...]
     guards: tuple[Guard, ...]
     graph: fx.Graph
     late_guards: int
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     in_place: bool = False  # whether the forward changed tensors among its arguments
     validated: set[Any] = field(default_factory=set)
     _function: Callable[..., Any] | None = None
@@ -54,13 +52,10 @@ class Variant:
     def accepts(self, module: nn.Module, call: Call) -> bool:
         if call.names != self.names or call.signature != self.signature:
             return False
-        attributes = module.__dict__
-        for name, value in self.attributes.items():
-            now = attributes.get(name)
-            if now is not value and (type(now) is not type(value) or now != value):
-                return False
-        for name, fields in self.settings.items():
-            if not _same_fields(attributes.get(name), fields):
+        if module.training is not self.training:
+            return False
+        for held in self.held:
+            if not held.same_in(module):
                 return False
         if not self.guards:
             return True
@@ -70,10 +65,6 @@ class Variant:
             return self._condition(module, *call.values)
         except (AttributeError, IndexError, KeyError, TypeError):  # a part that the guards read is not there
             return False
-
-    @property
-    def training(self) -> bool:
-        return bool(self.attributes["training"])
 
     def function(self) -> Callable[..., Any]:
         """The graph as a Python function of (module, *arguments)."""
@@ -98,7 +89,7 @@ class Variant:
 
         state = {
             name: getattr(self, name)
-            for name in ("names", "signature", "attributes", "settings", "guards", "late_guards", "in_place")
+            for name in ("names", "signature", "training", "held", "guards", "late_guards", "in_place")
         }
         return {**state, "graph": dump_graph(self.graph)}
 
@@ -190,46 +181,6 @@ def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
         return ()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(p.name for p in parameters if p.kind in kinds)
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's own scalars and lists of them, its mode among them: a graph has taken them for constants."""
-    return {
-        name: copy.copy(value)
-        for name, value in module.__dict__.items()
-        if isinstance(value, _SCALARS) or _is_plain_container(name, value)
-    }
-
-
-def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The scalar fields of the plain objects that a module holds (a config, a namespace)."""
-    return {
-        name: {key: item for key, item in vars(value).items() if isinstance(item, _SCALARS)}
-        for name, value in module.__dict__.items()
-        if name != "_qgraph" and _is_plain_object(value)
-    }
-
-
-def _is_plain_container(name: str, value: Any) -> bool:
-    if name.startswith("_") or not isinstance(value, (list, tuple, dict, set)):
-        return False
-    return all(isinstance(item, _SCALARS) for item in (value.values() if isinstance(value, dict) else value))
-
-
-def _is_plain_object(value: Any) -> bool:
-    if isinstance(value, (*_SCALARS, list, tuple, dict, set, Tensor, nn.Module, type)) or callable(value):
-        return False
-    return hasattr(value, "__dict__") and len(vars(value)) > 0
-
-
-def _same_fields(value: Any, fields: dict[str, Any]) -> bool:
-    now = getattr(value, "__dict__", None)
-    if now is None:
-        return not fields
-    try:
-        return fields.items() <= now.items()
-    except (RuntimeError, ValueError):  # what was a number is a tensor or an array now
-        return False
 
 
 def shapes(values: tuple[Any, ...]) -> tuple[Any, ...]:
