@@ -1,7 +1,7 @@
 """`save` and `load`: a prepared model as one safetensors file that carries its config.
 
 Only tensors and the config's JSON are in the file, so that loading runs no code of it. A tensor that several
-names share is stored once.
+names share is stored once. The file of a sharded model (`fully_shard`, tensor parallel) is that of the whole one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from qgraph.config import QConfig
@@ -32,7 +33,8 @@ LISTED = 5  # names that a message lists before it says how many more there are
 def save(prepared: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write parameters, buffers, quantizer state and the config of a prepared model.
 
-    The file is written beside `path` and renamed, so that a file that was there survives a failure.
+    The file is written beside `path` and renamed, so that a file that was there survives a failure. Of a model whose
+    parameters are DTensors every rank calls this, rank 0 writes, and the file is there when any of them returns.
 
     Parameters
     ----------
@@ -61,7 +63,14 @@ def save(prepared: nn.Module, path: str | os.PathLike[str]) -> None:
         MODEL: f"{kind.__module__}:{kind.__qualname__}",
         VERSION: __version__,
     }
-    _write(tensors, metadata, Path(path))
+    if not _has_shards(prepared):
+        _write(tensors, metadata, Path(path))
+        return
+    try:
+        if dist.get_rank() == 0:
+            _write(tensors, metadata, Path(path))
+    finally:
+        dist.barrier()
 
 
 def load(
@@ -106,8 +115,29 @@ def load(
             "pass the float model, or prepare it with the checkpoint's config."
         )
     _check_fits(path, state, model)
-    model.load_state_dict(state)
+    model.load_state_dict(_sharded_alike(state, model))
     return model
+
+
+def _has_shards(model: nn.Module) -> bool:
+    return any(map(_is_sharded, model.state_dict().values()))
+
+
+def _is_sharded(value: Any) -> bool:
+    """Whether this is a DTensor, told without the import, which takes a second."""
+    return hasattr(value, "full_tensor")
+
+
+def _sharded_alike(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Whole tensors cut as the model's own are; every rank has read the file, so nothing has to be sent."""
+    own = model.state_dict()
+    return {name: _cut(value, own[name]) if _is_sharded(own[name]) else value for name, value in state.items()}
+
+
+def _cut(value: Tensor, own: Any) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
 def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -121,14 +151,24 @@ def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
                 f"save: {name} of the model's state is a {type(value).__name__}; "
                 "expected tensors alone: return a tensor from get_extra_state, or None."
             )
-        place = (value.device, value.dtype, value.data_ptr(), tuple(value.shape), value.stride())
+        place = _place(value)
         if value.numel() and place in first:
             aliases[name] = first[place]
             continue
         first[place] = name
+        whole = value.full_tensor() if _is_sharded(value) else value  # every rank takes part
         # A clone has memory of its own: views of one storage would otherwise be refused by the format.
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
     return tensors, aliases
+
+
+def _place(value: Any) -> tuple[Any, ...]:
+    """What two tensors have in common where they are the same one."""
+    if not _is_sharded(value):
+        return value.device, value.dtype, value.data_ptr(), tuple(value.shape), value.stride()
+    local = value.to_local()  # may be empty, and then has no address, but its storage tells
+    storage = local.untyped_storage()._cdata
+    return value.device, value.dtype, storage, local.storage_offset(), tuple(value.shape), tuple(value.placements)
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:

@@ -385,3 +385,14 @@ def test_settings_that_change_after_the_capture_are_seen():
         assert torch.equal(other(X.flip(0)), plain)
         other.flip = False
         assert torch.equal(other(X), plain)
+
+
+def test_learned_steps_are_children_that_move_with_their_module():
+    config = qgraph.QConfig(qgraph.QuantSpec(4, "linear", method="lsq"), None, None)
+    prepared = qgraph.prepare(Functional(), config, torch.randn(2, 1, 9, 9)).to(torch.float64)
+    steps = [p for n, p in prepared.named_parameters() if n.endswith("step")]
+    assert len(steps) == 4 and all(step.dtype == torch.float64 for step in steps)
+    assert not any(m.training for m in prepared.eval().modules())
+    met = []
+    prepared.apply(met.append)
+    assert len(met) == len(list(prepared.modules()))

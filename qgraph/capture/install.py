@@ -16,7 +16,7 @@ from torch.overrides import _pop_mode_temporarily
 
 from qgraph.capture.arguments import SELF
 from qgraph.capture.guards import GuardMiss
-from qgraph.capture.opaque import Running, SiteMode, run_opaque
+from qgraph.capture.opaque import Running, SiteMode, run_opaque, running_mode
 from qgraph.capture.session import active, capturing, current
 from qgraph.capture.snapshot import Snapshot
 from qgraph.capture.source import raised_at
@@ -65,8 +65,9 @@ def _make_class(cls: Any) -> type:
         return dispatch(self, cls.forward, args, kwargs)
 
     def named_children(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        # A forward that loops over its children must not meet the quantizers.
-        return (item for item in cls.named_children(self) if item[0] != "qgraph")
+        # A forward that loops over its children must not meet the quantizers; `.to` and `fully_shard` must.
+        children = cls.named_children(self)
+        return children if running_mode() is None else (item for item in children if item[0] != "qgraph")
 
     def reduce(self: nn.Module, protocol: int) -> Any:
         # The class is made at run time, so a pickle names the user's class.

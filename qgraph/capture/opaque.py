@@ -71,14 +71,14 @@ def _run_under(mode: SiteMode, function: Callable[..., Any], args: tuple[Any, ..
 
 def quantized_again(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
     """`function`, which the running forward is about to checkpoint, such that backward meets the same quantizers."""
-    mode = _running()
+    mode = running_mode()
     if mode is None:
         return function
     module, state, known = mode.module, mode.state, mode.operands.handed_on(args)
     alive = weakref.ref(mode)  # it knows every tensor of the forward, and backward must not keep those
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if (now := _running()) is not None and now is alive():
+        if (now := running_mode()) is not None and now is alive():
             return function(*args, **kwargs)
         again = SiteMode(module, state)
         again.operands.take_over(known, args)
@@ -87,7 +87,7 @@ def quantized_again(function: Callable[..., Any], args: tuple[Any, ...]) -> Call
     return run
 
 
-def _running() -> Any:
+def running_mode() -> Any:
     """The mode, a `SiteMode` or a recorder, whose forward's own code is running, or None."""
     modes = [m for m in _get_current_function_mode_stack() if isinstance(getattr(m, "operands", None), OperandTracker)]
     return modes[-1] if modes else None
