@@ -25,12 +25,14 @@ class Rewrites(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = _name(func)
-        written = self.table.get(name) if _is_function(func) else None
-        if written is None:
+        result = NotImplemented
+        if name in self.table:
+            with self:
+                result = self.table[name](*args, **(kwargs or {}))
+        if result is NotImplemented:  # it need not be written out
             return func(*args, **(kwargs or {}))
         self.used[name] = None
-        with self:
-            return written(*args, **(kwargs or {}))
+        return result
 
     @property
     def notes(self) -> list[str]:
@@ -84,20 +86,30 @@ def grouped_product(x: Tensor, weights: Tensor, offs: Tensor, bias: Tensor | Non
     return every.gather(0, group[None, :, None].expand(1, x.shape[0], weights.shape[2])).squeeze(0)
 
 
+def subtracted_from(x: Tensor, other: Any, alpha: float = 1) -> Any:
+    """a sum, in the type of the result: the exporter's type promotion stops at a number less a tensor.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.sub.html (``other - alpha * x``)
+    """
+    kind = torch.result_type(x, other)
+    if x.dtype == kind:
+        return NotImplemented
+    x = x.to(kind)
+    return (-x if alpha == 1 else x * -alpha) + other
+
+
 ALWAYS: Mapping[str, Callable[..., Any]] = {
     "grouped_mm": grouped_product,
     "_grouped_mm": grouped_product,
     "grouped_mm_fallback": grouped_product,
+    "rsub": subtracted_from,
+    "__rsub__": subtracted_from,
 }
 ATTENTION: Mapping[str, Callable[..., Any]] = {F.scaled_dot_product_attention.__name__: attention}
 
 
 def _name(func: Any) -> str:
     return str(getattr(func, "__name__", "")).split(".")[0]  # an operator's is `name.overload`
-
-
-def _is_function(func: Any) -> bool:
-    return getattr(Tensor, _name(func), None) is not func
 
 
 def _line(function: Callable[..., Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema, SchemaError, get_schema, register_schema
+from onnxscript import opset18
 from onnxscript.values import Opset
-from torch import Tensor
+from torch import Tensor, fx
 
 from qgraph.errors import ExportError
 from qgraph.exporters.lowering import recurrent
@@ -33,6 +35,7 @@ MINIMUM_OPSET = 18  # the lowest that torch's exporter writes; LayerNormalizatio
 DEFAULT_OPSET = 20
 GENERAL_HINT = "see the chained error, and try dynamic_shapes={} for a static file"
 HINTS = {  # what a known failure says -> what helps
+    "No ONNX function found": "write it in operations that ONNX has",
     "batch_sizes": "a packed sequence has no form in ONNX: pass the padded tensor to the recurrent layer",
     "_packed_sequence": "a packed sequence has no form in ONNX: pass the padded tensor to the recurrent layer",
 }
@@ -93,18 +96,35 @@ def _trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: i
         stack.enter_context(torch.random.fork_rng(devices=[]))
         with exporting(), recurrent.RecurrentAsOperator(), rewrites:
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
-        onnx_program = torch.onnx.export(
-            program,
-            dynamic_shapes=labels,
-            input_names=list(flat.inputs.names),
-            output_names=list(flat.output_names),
-            opset_version=opset,
-            custom_translation_table=_translations(),
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            onnx_program = torch.onnx.export(
+                program,
+                dynamic_shapes=labels,
+                input_names=list(flat.inputs.names),
+                output_names=list(flat.output_names),
+                opset_version=opset,
+                custom_translation_table=_translations(),
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:
+            raise Untranslated(_recorded_at(error)) from error
     assert onnx_program is not None
     return onnx_program.model
+
+
+class Untranslated(Exception):
+    """torch.onnx failed on a traced graph; the text is the stack trace of the operation that it stopped at."""
+
+
+def _recorded_at(error: BaseException) -> str:
+    """The stack trace of the node that torch's translation was at (of a decomposed graph: names are others there)."""
+    for exception in chain(error):
+        for frame, _ in traceback.walk_tb(exception.__traceback__):
+            node = frame.f_locals.get("node")
+            if isinstance(node, fx.Node) and node.meta.get("stack_trace"):
+                return str(node.meta["stack_trace"])
+    return ""
 
 
 def explain(error: BaseException, model_name: str) -> ExportError:
@@ -121,9 +141,10 @@ def explain(error: BaseException, model_name: str) -> ExportError:
             "torch.cond, keep a static form (masks instead of selected rows), or leave that part out of "
             "what is exported"
         )
+    text = str(_root(error))
     advice = next((text for mark, text in HINTS.items() if any(mark in str(e) for e in chain(error))), GENERAL_HINT)
     return ExportError(
-        f"export of {model_name}{at}: torch.export or torch.onnx failed with {type(error).__name__}: "
+        f"export of {model_name}{at}: torch.export or torch.onnx failed with {type(_root(error)).__name__}: "
         f"{_first_line(text)}; expected a model "
         f"that torch.onnx.export(dynamo=True) takes; {advice}"
     )
@@ -140,7 +161,14 @@ def _translations() -> dict[Any, Any]:
         torch.ops.qgraph.weight.default: lambda weight, site: nodes.Weight(weight, site=site),
         torch.ops.qgraph.activation.default: lambda x, site: nodes.Activation(x, site=site),
         torch.ops.qgraph.recurrent.default: recurrent.translate,
+        torch.ops.aten._is_all_true.default: _is_all_true,  # torch has none of its own
     }
+
+
+def _is_all_true(x: Any) -> Any:
+    return opset18.Cast(
+        opset18.ReduceMin(opset18.Cast(x, to=int(ir.DataType.INT64)), keepdims=0), to=int(ir.DataType.BOOL)
+    )
 
 
 def _register_schemas() -> None:
@@ -191,6 +219,12 @@ def _attention_trouble(error: BaseException) -> bool:
 
 def _innermost(error: BaseException, name: str) -> BaseException | None:
     return next((e for e in chain(error) if name in type(e).__name__), None)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _first_line(text: str) -> str:

@@ -7,9 +7,7 @@ Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx_
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from qgraph.errors import ExportError
-from qgraph.exporters.where import is_user_file
+from qgraph.exporters.where import calling_line
 
 # torch's gate blocks in the order in which ONNX wants them: LSTM i f g o -> i o f c, GRU r z n -> z r h
 GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
@@ -89,11 +87,8 @@ class RecurrentAsOperator(TorchFunctionMode):
 
 
 def _no_form(what: str, advice: str) -> ExportError:
-    frames = traceback.extract_stack()
-    entry = max((i for i, frame in enumerate(frames) if Path(frame.filename).name == "trace.py"), default=0)
-    inside = [f"{f.filename}:{f.lineno}" for f in frames[entry:] if is_user_file(f.filename)]
     return ExportError(
-        f"export: {inside[-1] if inside else 'the model'} uses {what}, which has no form in ONNX; expected a recurrent "
+        f"export: {calling_line('_trace') or 'the model'} uses {what}, which has no form in ONNX; expected a recurrent "
         f"layer on a padded tensor; {advice}"
     )
 

@@ -102,16 +102,26 @@ class Variant:
         self.compile()
 
 
+GENERATED = "<qgraph "  # what the file names of compiled graphs begin with
+
+
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
-    """Compile a graph to a function of (module, *arguments); its source is known to tracebacks."""
+    """Compile a graph to a function of (module, *arguments); tracebacks show its source, and the user's line behind."""
     import linecache
 
     code = graph.python_code("self")
-    file = f"<qgraph {id(graph):x}>"
-    linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)
+    file = f"{GENERATED}{id(graph):x}>"
+    places = {node.name: node.meta["where"] for node in graph.nodes if "where" in node.meta}
+    lines = [_with_place(line, places) for line in code.src.splitlines()]
+    linecache.cache[file] = (len(code.src), None, lines, file)
     names: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, file, "exec"), names)
     return names["forward"]
+
+
+def _with_place(line: str, places: dict[str, str]) -> str:
+    place = places.get(line.partition("=")[0].strip())
+    return f"{line}  # {place}\n" if place else f"{line}\n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,9 @@ _DEPTH = 8
 _SCALARS = (bool, str, bytes, float, complex, type(None), type(Ellipsis), slice, range, enum.Enum)
 _TORCH_SCALARS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
-_LEAVES = (*_SCALARS, *_TORCH_SCALARS, int, Tensor, nn.Module, type)
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # torch.export's sizes, and what is computed from them
+
+_LEAVES = (*_SCALARS, *_TORCH_SCALARS, *_SYMBOLS, int, Tensor, nn.Module, type)
 
 
 class Unsupported(Exception):
@@ -177,8 +179,10 @@ def _leaf_signature(value: Any, top: bool) -> Any:
     kind = type(value)
     if isinstance(value, (bool, str)):
         return (kind.__name__, value)
-    if isinstance(value, (int, torch.SymInt)):
-        return "int" if top else ("int", int(value))
+    if isinstance(value, _SYMBOLS):  # where a graph has a constant, none holds: the Python keeps the size dynamic
+        return "int" if top and isinstance(value, torch.SymInt) else kind.__name__
+    if isinstance(value, int):
+        return "int" if top else ("int", value)
     if isinstance(value, (*_SCALARS, *_TORCH_SCALARS)):
         return (kind.__name__, str(value) if isinstance(value, (slice, range)) else value)
     return (kind.__name__, id(value))

@@ -1,6 +1,7 @@
 """What goes wrong says so, and leaves nothing behind: the messages, the files, the model."""
 
 import errno
+import inspect
 import os
 from pathlib import Path
 
@@ -325,3 +326,37 @@ def test_differences_are_measured_strictly():
     assert relative_difference(a, torch.tensor([1.4, float("nan"), float("inf"), -4.0])) == pytest.approx(0.1)
     assert relative_difference(torch.zeros(0), torch.zeros(0)) == 0
     assert relative_difference(torch.zeros(2), torch.from_numpy(np.ones(2))) == 1
+
+
+class FromNumber(nn.Module):
+    """A number less a tensor of another type."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        return self.fc(x) * (1.0 - mask)
+
+
+def test_a_number_less_an_integer_tensor(tmp_path):
+    args = (torch.randn(3, 4), torch.randint(0, 2, (3, 1)))
+    report = export(qgraph.prepare(FromNumber(), "W4", args), tmp_path / "m.onnx", args)
+    assert report.dynamic == ("x: 0=batch", "mask: 0=batch")
+    assert any("rsub" in note for note in report.notes)
+
+
+class NoTranslation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.linalg.eigvalsh(self.fc(x) @ x.mT)
+
+
+def test_an_error_inside_a_captured_graph_names_the_line_that_it_came_from(tmp_path):
+    x = torch.ones(4, 4)
+    net = qgraph.prepare(NoTranslation(), "W4", (x,))
+    first = inspect.getsourcelines(NoTranslation)[1]
+    refuses(net, tmp_path / "m.onnx", (x,), match=rf"test_export_failures\.py:{first + 6} ")
