@@ -1,7 +1,7 @@
 """Train a transformer at A8W4 over several processes: sharded, in bfloat16, with checkpoints that any number resumes.
 
 Run: torchrun --standalone --nproc-per-node 2 examples/distributed.py
-After a crash run it again, on as many processes as there are: it goes on from the last checkpoint, with the same losses.
+After a crash run it again, on any number of processes: it goes on from its last checkpoint, with the same losses.
 """
 
 from __future__ import annotations
