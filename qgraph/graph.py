@@ -141,6 +141,14 @@ def is_quantizer(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).split(".")[0] == "qgraph"
 
 
+def without_quantizers(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph that calls none of our own modules: what it computes while they are all switched off."""
+    copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        nodes[node] = nodes[node.args[0]] if is_quantizer(node) else copied.node_copy(node, nodes.__getitem__)
+    return copied
+
+
 def unquantized(value: Any) -> Any:
     """The node behind the quantizers and sparsifiers that passes have put before an operand."""
     while isinstance(value, fx.Node) and is_quantizer(value):

@@ -7,6 +7,7 @@ A module here holds what one site needs (spec, groups, learned step) and can be 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -85,6 +86,9 @@ def exporting() -> Iterator[None]:
         yield
     finally:
         _run.exporting = previous
+
+
+_enabled = operator.attrgetter("enabled")
 
 
 class Quantizer(nn.Module):
@@ -211,6 +215,10 @@ class Quantizers(nn.Module):
         found = self._modules[name]
         assert found is not None
         return found
+
+    def off(self) -> bool:
+        """Whether none of them does anything now."""
+        return not any(map(_enabled, self._modules.values()))
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self.add_module(name, module)

@@ -71,20 +71,24 @@ class Held:
             if module is None:
                 return False
         own = module.__dict__
+        for (table, name), given in self.present.items():
+            if ((own[table] if table else own).get(name) is not None) is not given:
+                return False
         for name, value in self.constants.items():
             now = own[name] if name in own else getattr(type(module), name, None)
             if now is not value and (type(now) is not type(value) or now != value):
                 return False
-        for (table, name), given in self.present.items():
-            if ((own[table] if table else own).get(name) is not None) is not given:
-                return False
-        if self.settings and not all(_same_fields(own, way, fields) for way, fields in self.settings.items()):
-            return False
+        return not (self.settings or self.lengths or self.names or self.absent) or self._same_contents(module, own)
+
+    def _same_contents(self, module: Any, own: dict[str, Any]) -> bool:
         for name, length in self.lengths.items():
             if not isinstance(own.get(name), _CONTAINERS) or len(own[name]) != length:
                 return False
         for table, names in self.names.items():
             if _names(own if table == "__dict__" else own[table]) != names:
+                return False
+        for way, fields in self.settings.items():
+            if not _same_fields(own, way, fields):
                 return False
         return not any(_has(module, name) for name in self.absent)
 

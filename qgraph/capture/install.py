@@ -27,7 +27,7 @@ _classes: dict[type, type] = {}
 
 
 # In eval these have a fused path of torch's own, which a graph does not take: with every quantizer off they may.
-_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class Captured:
@@ -62,7 +62,9 @@ def captured_class(cls: type) -> type:
 def _make_class(cls: Any) -> type:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return dispatch(self, cls.forward, args, kwargs)
+        if active.count or Running.count:
+            return dispatch(self, cls.forward, args, kwargs)
+        return _run(self, cls.forward, args, kwargs)
 
     def named_children(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # A forward that loops over its children must not meet the quantizers; `.to` and `fully_shard` must.
@@ -77,6 +79,7 @@ def _make_class(cls: Any) -> type:
     namespace = {
         "forward": forward,
         SELF: property(lambda self: self),
+        "qgraph_fused": issubclass(cls, _FUSED),
         "named_children": named_children,
         "__reduce_ex__": reduce,
         "__module__": cls.__module__,
@@ -107,14 +110,14 @@ def dispatch(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dic
 
 def _run(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: ModuleState = module.__dict__[STATE]
-    if isinstance(module, _FAST_PATHS) and not module.training and _all_off(module):
+    if module.qgraph_fused and not module.training and _all_off(module):
         return forward(module, *args, **kwargs)
     call = state.call(args, kwargs)
     variant = state.select(module, call)
     if variant is None:
         return run_python(module, state, forward, args, kwargs, call)
     if not variant.late_guards or torch.compiler.is_compiling():
-        return variant.function()(module, *call.values)
+        return variant.run(module, call.values)
     return _run_checked(module, state, variant, forward, call, args, kwargs)
 
 
@@ -127,13 +130,13 @@ def _run_checked(
 ) -> Any:
     """A graph with guards inside it: for sizes not met before, be ready to take back what ran before a miss."""
     key = shapes(call.values)
-    if key in variant.validated:
-        return variant.function()(module, *call.values)
-    before = Snapshot(module, call.values, contents=variant.in_place)
+    before = None if key in variant.validated else Snapshot(module, call.values, contents=variant.in_place)
     try:
-        result = variant.function()(module, *call.values)
+        result = variant.run(module, call.values)
     except GuardMiss:
-        before.restore()
+        variant.validated.clear()  # a child does something else than it did at these sizes
+        if before is not None:
+            before.restore()
         return run_python(module, state, forward, args, kwargs, call)
     variant.validated.add(key)
     return result

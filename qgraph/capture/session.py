@@ -184,7 +184,7 @@ class Session:
         call = state.call(args, kwargs)
         variant = state.select(module, call)
         if variant is not None and not variant.late_guards:
-            return variant.function()(module, *call.values)
+            return variant.run(module, call.values)
         return self.record_forward(module, state, forward, args, kwargs, call, known=variant is not None)
 
     def record_forward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,14 +13,13 @@ from torch import Tensor, fx, nn
 from qgraph.capture.attributes import Held
 from qgraph.capture.guards import Guard
 from qgraph.capture.structure import Unsupported, aliases, signature, tensors_in
-from qgraph.graph import Shared
+from qgraph.graph import Shared, without_quantizers
 from qgraph.placement import Owner
 
 MAX_VARIANTS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One call of a forward: its arguments' names and values, keywords sorted, and their signature."""
 
     names: tuple[str, ...]
@@ -47,6 +46,7 @@ class Variant:
     in_place: bool = False  # whether the forward changed tensors among its arguments
     validated: set[Any] = field(default_factory=set)
     _function: Callable[..., Any] | None = None
+    _float_function: Callable[..., Any] | None = None
     _condition: Callable[..., bool] | None = None
 
     def accepts(self, module: nn.Module, call: Call) -> bool:
@@ -72,9 +72,18 @@ class Variant:
             self._function = compile_graph(self.graph)
         return self._function
 
+    def run(self, module: nn.Module, values: tuple[Any, ...]) -> Any:
+        """Run the graph on a call's values; what is switched off costs nothing, not even its nodes."""
+        quantizers = module.__dict__["_modules"].get("qgraph")
+        if quantizers is None or torch.compiler.is_compiling() or not quantizers.off():
+            return self.function()(module, *values)
+        if self._float_function is None:
+            self._float_function = compile_graph(without_quantizers(self.graph))
+        return self._float_function(module, *values)
+
     def compile(self) -> None:
         """Compile the graph as it is now, before its next call: torch.compile must not meet the work."""
-        self._function = compile_graph(self.graph)
+        self._function, self._float_function = compile_graph(self.graph), None
         if self.guards:
             self._condition = self._compile_condition()
 
@@ -98,7 +107,7 @@ class Variant:
 
         for name, value in state.items():
             setattr(self, name, load_graph(value) if name == "graph" else value)
-        self.validated, self._function, self._condition = set(), None, None
+        self.validated, self._condition = set(), None
         self.compile()
 
 
@@ -153,17 +162,19 @@ class ModuleState:
     def names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
         """A name for each argument of a call, keywords in the order of their names."""
         known = self.positional[: len(args)]
-        extra = tuple(f"args_{i}" for i in range(len(known), len(args)))
-        return known + extra + tuple(sorted(kwargs))
+        if len(known) < len(args):
+            known += tuple(f"args_{i}" for i in range(len(known), len(args)))
+        return known + tuple(sorted(kwargs)) if kwargs else known
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Describe a call of the forward; `signature` is None for one that no graph can take."""
-        values = (*args, *(kwargs[name] for name in sorted(kwargs)))
+        names = self.names(args, kwargs)
+        values = (*args, *[kwargs[name] for name in names[len(args) :]]) if kwargs else args
         try:
-            given = (*[signature(value) for value in values], aliases(values))
+            given = (*map(signature, values), aliases(values))
         except Unsupported as error:
-            return Call(self.names(args, kwargs), None, values, f"takes {error}")
-        return Call(self.names(args, kwargs), given, values)
+            return Call(names, None, values, f"takes {error}")
+        return Call(names, given, values)
 
     def select(self, module: nn.Module, call: Call) -> Variant | None:
         """The variant that holds for a call."""

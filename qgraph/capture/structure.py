@@ -200,6 +200,8 @@ def aliases(values: tuple[Any, ...]) -> tuple[int, ...]:
     """
     if len(values) < 2 and (not values or isinstance(values[0], Tensor)):
         return ()
+    if len(values) == 2 and isinstance(values[0], Tensor) and (values[1] is None or isinstance(values[1], Tensor)):
+        return () if values[0] is not values[1] else (0, 0)
     places = list(map(id, tensors_in(values)))
     return () if len(set(places)) == len(places) else tuple(map(places.index, places))
 

@@ -241,3 +241,50 @@ def test_a_guard_inside_a_graph_that_misses_takes_back_what_ran_before():
             assert torch.equal(prepared.seen, other.seen)
     both(prepared, other, torch.randn(8, 4))
     assert coverage(prepared).guard_misses > 0
+
+
+class MayReturnTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.second = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y, (y * 2 if self.second else None)
+
+
+class TakesTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child, self.out = MayReturnTwo(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        first, second = self.child(x)
+        return self.out(first if second is None else first - second)
+
+
+def test_a_child_that_returns_something_else_at_sizes_that_held_before():
+    torch.manual_seed(0)
+    model = TakesTwo().eval()
+    x = torch.randn(2, 4)
+    prepared = qgraph.prepare(model, "W4", (x,))
+    for second in (False, False, True, False, True):
+        model.child.second = prepared.child.second = second
+        both(prepared, model, x)
+    assert not coverage(prepared).opaque
+
+
+def test_quantizers_switched_off_one_by_one():
+    torch.manual_seed(0)
+    model = Child().eval()
+    x = torch.randn(2, 4)
+    prepared = qgraph.prepare(model, "A4W4", (x,))
+    weight, activation = prepared.fc.qgraph.weight, prepared.fc.qgraph["input"]
+    results = []
+    for weight.enabled in (True, False):
+        for activation.enabled in (True, False):
+            results.append(prepared(x))
+    assert torch.equal(results[-1], model(x))
+    assert not any(torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+    qgraph.set_enabled(prepared, True)
+    assert torch.equal(prepared(x), results[0])
