@@ -147,7 +147,7 @@ def _role(operand: Operand, i: int, call: SiteCall, sources: list[Source]) -> st
     if operand.role == "weight":
         return "weight"
     # A product that meets no data makes a weight, it does not use one; what it feeds is the site.
-    return "weight" if sources[1 - i].kind == "data" else "other"
+    return "weight" if any(source.kind == "data" for source in sources) else "other"
 
 
 def _placed_weight(

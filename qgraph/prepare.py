@@ -65,7 +65,7 @@ def prepare(
         )
     config = QConfig.parse(config)
     config.check_rules(model.named_modules())
-    prepared = model if inplace else copy.deepcopy(model)
+    prepared = model if inplace else _copy_of(model)
     shared = Shared(config, default_pipeline(), strict=strict, model_name=type(model).__name__)
     shared.configs = config.resolve_all(prepared)
     install_all(prepared, shared)
@@ -75,6 +75,12 @@ def prepare(
         if strict:
             _demand_full_coverage(prepared)
     return prepared
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps results of its last forward, which torch does not copy: values alone."""
+    results = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in results})
 
 
 def _capture(prepared: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any]) -> None:

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from qgraph.ops import Groups
 
-Role = Literal["input", "weight", "either"]
+Role = Literal["input", "weight", "either", "attended"]
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
     """One operand of a call: where it stands, what it is, and its output-channel axis when it is a weight.
+
+    Of a product of equals each is "either" weight or input; what is "attended" to is a weight or stays as it is.
 
     `axis` None: the whole operand makes one output channel. `swapped`: the axis of the same channels with the last two
     dimensions exchanged, for operands of more than two.
@@ -148,6 +150,12 @@ def _of_rank(operand: Operand, ndim: int) -> Operand:
     return replace(operand, axis=-2, swapped=-1) if operand.axis == 0 else replace(operand, axis=-1, swapped=-2)
 
 
+def _attention(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+    """Queries and keys are contracted along their last dimension, values along the one before."""
+    rows = (Operand(0, "query", "attended", -2, swapped=-1), Operand(1, "key", "attended", -2, swapped=-1))
+    return SiteCall(name, (*rows, Operand(2, "value", "attended", -1, swapped=-2)))
+
+
 def _grouped(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
     first = "input" if name == "grouped_mm_fallback" else "mat_a" if name == "grouped_mm" else "self"
     second = "weight" if name == "grouped_mm_fallback" else "mat_b" if name == "grouped_mm" else "mat2"
@@ -166,11 +174,12 @@ def _einsum(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callab
     inputs, _, output = args[0].replace(" ", "").partition("->")
     terms = inputs.split(",")
     output = output or "".join(sorted({c for c in inputs if inputs.count(c) == 1 and c.isalpha()}))
-    if len(terms) != 2:
+    if len(terms) < 2:
         return None
     operands = []
     for i, term in enumerate(terms):
-        kept = [k for k, c in enumerate(term) if c in output and c not in terms[1 - i]]
+        others = "".join(terms[:i] + terms[i + 1 :])
+        kept = [k for k, c in enumerate(term) if c in output and c not in others]
         axis = kept[0] if kept and "." not in term else None
         if listed:
             operands.append(Operand(1, "operands", "either", axis, i))
@@ -202,6 +211,7 @@ _TABLE: dict[str, Callable[..., SiteCall | None]] = {
     "bilinear": _bilinear,
     **{name: _matmul(0, ("input", "other")) for name in ("matmul", "__matmul__", "mm", "bmm", "mv", "inner")},
     "__rmatmul__": _reflected_matmul,
+    "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
     **{name: _matmul(1, ("mat1", "mat2")) for name in ("addmm", "baddbmm", "addmv", "addbmm")},
     "einsum": _einsum,

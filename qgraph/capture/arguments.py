@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from qgraph.capture.calls import Constant, Rebuild
 from qgraph.capture.objects import check_own, rebuildable
 from qgraph.capture.source import locate
-from qgraph.capture.state import find_attribute
+from qgraph.capture.state import find_attribute, is_weight
 from qgraph.capture.structure import Step, Unsupported, is_namedtuple, parts, walk
 from qgraph.capture.values import Leaf, emit, is_traced, traced
 
@@ -302,7 +302,7 @@ class Values:
                 node = self._graph.create_node("get_attr", path, name=name)
         node.meta["where"] = locate()[0]
         node.meta["source"] = f"self.{path}"
-        node.meta["parameter"] = isinstance(tensor, nn.Parameter) or tensor.requires_grad
+        node.meta["parameter"] = is_weight(self._recorder.module, path, tensor)
         _describe(node, tensor)
         return node
 

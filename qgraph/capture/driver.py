@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from qgraph.capture.install import install
 from qgraph.capture.session import capturing
@@ -83,6 +84,8 @@ def _set_mode(model: nn.Module, modes: list[tuple[nn.Module, bool]], training: b
 
 
 def _worth_capturing(module: nn.Module) -> bool:
+    if isinstance(module, ParametrizationList):
+        return True  # its result is a weight, also where the layer that asks for it stays Python
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction, *_NO_SITES)):
         return False
     kind = type(module)

@@ -95,6 +95,8 @@ def _restore(cls: type) -> Any:
 
 def dispatch(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an installed forward: by a captured graph that holds for this call, else as recorded Python."""
+    if STATE not in module.__dict__:  # made by the forward itself (a slice of a Sequential): its code is the caller's
+        return forward(module, *args, **kwargs)
     if active.count and not torch.compiler.is_compiling():
         session = current()
         if session is not None:
@@ -133,8 +135,10 @@ def _run_checked(
     before = None if key in variant.validated else Snapshot(module, call.values, contents=variant.in_place)
     try:
         result = variant.run(module, call.values)
-    except GuardMiss:
+    except GuardMiss as miss:
         variant.validated.clear()  # a child does something else than it did at these sizes
+        if miss.by_size:
+            variant.rejected.add(key)
         if before is not None:
             before.restore()
         return run_python(module, state, forward, args, kwargs, call)

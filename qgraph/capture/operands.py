@@ -14,7 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from qgraph.capture.calls import transformed
 from qgraph.capture.source import locate
-from qgraph.capture.state import ModuleState, find_attribute
+from qgraph.capture.state import ModuleState, find_attribute, is_weight
 from qgraph.capture.structure import walk
 from qgraph.placement import Placed, Site, place
 from qgraph.sites import CONSTANT, DATA, Source, combine, site_call, swaps_last_two
@@ -49,7 +49,7 @@ class OperandTracker:
         path = find_attribute(self.module, value)
         if path is None:
             source = DATA
-        elif isinstance(value, nn.Parameter) or value.requires_grad:
+        elif is_weight(self.module, path, value):
             source = Source("parameter", (self.owner.shared.canonical_name(self.owner.path, path),), exact=True)
         else:
             source = CONSTANT

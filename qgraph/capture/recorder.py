@@ -386,7 +386,7 @@ class Recorder(TorchFunctionMode):
 
 def check_structure(value: Any, expected: Any, where: str) -> None:
     """Raise `GuardMiss` unless a child returned the structure (types, None-ness, constants) that it did before."""
-    check(signature(value), expected, where)
+    check(signature(value), expected, where, by_size=False)
 
 
 def _leaves(expression: Any) -> Iterator[Leaf]:

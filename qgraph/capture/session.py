@@ -105,9 +105,8 @@ class Session:
             return original(module, *args, **kwargs)
         with parent.outside():
             path = parent.path_to(module)
-            helper = path is None and STATE not in module.__dict__ and next(module.parameters(), None) is None
-        if helper:
-            return original(module, *args, **kwargs)  # a helper made on the fly: part of the caller's own forward
+        if path is None and STATE not in module.__dict__:
+            return original(module, *args, **kwargs)  # made on the fly: part of the caller's own forward
         plain_args, plain_kwargs = plain(args), plain(kwargs)
         with parent.suspended(plain_args, plain_kwargs):
             versions = parent.values.versions(plain_args, plain_kwargs)

@@ -44,7 +44,8 @@ class Variant:
     graph: fx.Graph
     late_guards: int
     in_place: bool = False  # whether the forward changed tensors among its arguments
-    validated: set[Any] = field(default_factory=set)
+    validated: set[Any] = field(default_factory=set)  # sizes for which the late guards held
+    rejected: set[Any] = field(default_factory=set)  # and did not
     _function: Callable[..., Any] | None = None
     _float_function: Callable[..., Any] | None = None
     _condition: Callable[..., bool] | None = None
@@ -53,6 +54,8 @@ class Variant:
         if call.names != self.names or call.signature != self.signature:
             return False
         if module.training is not self.training:
+            return False
+        if self.rejected and shapes(call.values) in self.rejected:
             return False
         for held in self.held:
             if not held.same_in(module):
@@ -107,7 +110,7 @@ class Variant:
 
         for name, value in state.items():
             setattr(self, name, load_graph(value) if name == "graph" else value)
-        self.validated, self._condition = set(), None
+        self.validated, self.rejected, self._condition = set(), set(), None
         self.compile()
 
 
@@ -125,7 +128,23 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     linecache.cache[file] = (len(code.src), None, lines, file)
     names: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, file, "exec"), names)
-    return names["forward"]
+    forward = names["forward"]
+    switches = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
+    return _leaving_blocks(forward) if switches else forward
+
+
+def _leaving_blocks(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph has no `with`: where an error ends it inside a no_grad block, gradients are put back all the same."""
+
+    def run(*args: Any) -> Any:
+        enabled = torch.is_grad_enabled()
+        try:
+            return forward(*args)
+        except BaseException:
+            torch._C._set_grad_enabled(enabled)
+            raise
+
+    return run
 
 
 def _with_place(line: str, places: dict[str, str]) -> str:
@@ -229,3 +248,16 @@ def find_attribute(module: nn.Module, tensor: Tensor) -> str | None:
                 if value is tensor:
                     return f"{path}.{name}"
     return None
+
+
+def is_weight(module: nn.Module, path: str, tensor: Tensor) -> bool:
+    """Whether what a module holds at `path` (of `find_attribute`) is a parameter, or is put there in place of one.
+
+    `functional_call` swaps parameters for tensors; torch's older reparametrizations (weight_norm, spectral_norm, prune)
+    compute the tensor in a hook from parameters of the same name with a suffix.
+    """
+    if isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+        return True
+    holder, _, name = path.rpartition(".")
+    parameters = module.get_submodule(holder)._parameters
+    return any(f"{name}{suffix}" in parameters for suffix in ("", "_v", "_orig"))

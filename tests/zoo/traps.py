@@ -459,3 +459,55 @@ class GroupedExperts(nn.Module):
         offsets = torch.full((2,), x.shape[0], dtype=torch.int32) - torch.tensor([2, 0], dtype=torch.int32)
         h = torch.relu(F.grouped_mm(x, self.up.transpose(-2, -1), offs=offsets))
         return F.grouped_mm(h, self.down, offs=offsets)
+
+
+@trap(rows(4))
+class SequentialSlice(nn.Module):
+    """A slice of a Sequential is a new module of the captured class, made by the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seq = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 4))
+
+    def forward(self, x):
+        return self.seq[2:](torch.relu(self.seq[:2](x)))
+
+
+@trap(lambda i: (torch.randn(2 + i, 5, 4),))
+class Latents(nn.Module):
+    """Attention whose keys and values are parameters, and a product of three factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.v = nn.Parameter(torch.randn(1, 6, 4)), nn.Parameter(torch.randn(1, 6, 4))
+        self.gate, self.experts = nn.Linear(4, 3), nn.Parameter(torch.randn(3, 4, 4) * 0.5)
+
+    def forward(self, x):
+        k, v = (p.expand(x.shape[0], -1, -1) for p in (self.k, self.v))
+        x = x + F.scaled_dot_product_attention(x, k, v)
+        return torch.einsum("bte,btd,edf->btf", self.gate(x).softmax(-1), x, self.experts)
+
+
+@trap(rows(4), opaque=True)
+class FrozenSwapped(nn.Module):
+    """`functional_call` with a weight made of a frozen parameter: a tensor that asks for no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.w = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+
+    def forward(self, x):
+        return self.head(torch.func.functional_call(self.fc, {"weight": self.w.tanh(), "bias": self.fc.bias}, (x,)))
+
+
+@trap(rows(4), opaque=True)
+class NormedOpaque(nn.Module):
+    """A parametrized layer that stays Python, since its gradients are computed by a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return checkpoint(self.fc, x, use_reentrant=False)

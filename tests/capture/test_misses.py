@@ -1,0 +1,108 @@
+"""Graphs that do not hold for a call, errors in the middle of one, and models that torch itself does not copy."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import qgraph
+from qgraph.graph import coverage
+
+
+class Once(nn.Module):
+    """Its own length is a list's, so a graph of it is tried and taken back; a hook sees that."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.stack([row * 2 for row in self.fc(x).unbind(0)])
+
+
+def test_a_graph_that_did_not_hold_for_a_size_is_not_tried_again():
+    model, calls = Once(), []
+    prepared = qgraph.prepare(model, "A8W4", (torch.randn(3, 4),))
+    prepared.fc.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, 4)
+    with qgraph.disabled(prepared):
+        for turn in range(3):
+            calls.clear()
+            assert torch.equal(prepared(x), model(x))
+            assert len(calls) == (2 if turn == 0 else 1)
+    assert coverage(prepared).guard_misses == 1 and not coverage(prepared).opaque
+
+
+class Switched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.both = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        return (self.fc(x), x) if self.both else (self.fc(x), None)
+
+
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child = Switched()
+
+    def forward(self, x):
+        with torch.no_grad():
+            y, z = self.child(x)
+        return self.child.fc(x) + (y if z is None else y * z)
+
+
+def test_a_child_that_returns_another_structure_after_its_parent_was_captured():
+    model, x = Asks(), torch.randn(2, 4)
+    prepared = qgraph.prepare(model, "A8W4", (x,))
+    with qgraph.disabled(prepared):
+        for both in (False, False, True, True, False):
+            model.child.both = prepared.child.both = both
+            ours, theirs = prepared(x), model(x)
+            assert torch.equal(ours, theirs) and ours.requires_grad and torch.is_grad_enabled()
+
+
+class Fails(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, y):
+        with torch.no_grad():
+            z = x + y
+        return self.fc(z)
+
+
+def test_an_error_inside_a_block_leaves_gradients_as_they_were():
+    prepared = qgraph.prepare(Fails(), "A8W4", (torch.randn(2, 4), torch.randn(2, 4)))
+    with pytest.raises(RuntimeError, match="must match"):
+        prepared(torch.randn(2, 4), torch.randn(3, 4))
+    assert torch.is_grad_enabled()
+
+
+class Keeps(nn.Module):
+    """Torch's older weight_norm keeps a computed weight, which deepcopy refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.utils.weight_norm(nn.Linear(4, 4))
+        self.fc.requires_grad_(False)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_keeps_results_of_its_forward():
+    model, x = Keeps(), torch.randn(2, 4)
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    prepared = qgraph.prepare(model, "A8W4", (x,))
+    assert not torch.equal(prepared(x), model(x))
+    with qgraph.disabled(prepared):
+        assert torch.equal(prepared(x), model(x))
+    assert coverage(prepared).sites == coverage(prepared).sites_quantized == 1
