@@ -12,14 +12,40 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 import qgraph
 from qgraph.graph import coverage, sites
 from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
-from tests.zoo.census import counting
+from tests.zoo.census import Census, counting
 
 CONFIG = "A4W2"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one call of a model."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def double(self) -> Call:
+        """The same in float64."""
+        args, kwargs = copy.deepcopy((self.args, self.kwargs))
+        for tensor in filter(_is_float, leaves((args, kwargs))):
+            tensor.data = tensor.data.double()
+        return Call(args, kwargs)
+
+
+@dataclass(slots=True)
+class Run:
+    """What one forward and backward left: output leaves, gradients, and the arguments and buffers as they are then."""
+
+    outputs: list[Any]
+    gradients: dict[str, Tensor]
+    state: list[Any]
+
+
+Runs = dict[tuple[int, bool], Run]  # by the number of a call and the mode
 
 
 @dataclass(slots=True)
@@ -51,29 +77,40 @@ def leaves(value: Any) -> list[Any]:
     return leaves(list(vars(value).values())) if hasattr(value, "__dict__") and not callable(value) else []
 
 
-def clone(inputs: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.clone(), copy.copy(inputs))
-
-
 def seed() -> None:
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)  # torch.manual_seed asks for every other device too, at some cost
     random.seed(7)
     np.random.seed(7)
 
 
-def run(model: nn.Module, kwargs: dict[str, Any], training: bool) -> tuple[list[Any], dict[str, Tensor]]:
-    """Output leaves and gradients of one forward and backward from the same random state."""
+def _ready(model: nn.Module, call: Call, training: bool, start: nn.Module | None) -> tuple[Any, Any]:
+    """Put a model and the random numbers in the state where each run begins; returns the arguments, fresh."""
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     model.train(training)
     model.zero_grad()
     seed()
-    out = leaves(model(**clone(kwargs)))
+    return copy.deepcopy((call.args, call.kwargs))
+
+
+def run(model: nn.Module, call: Call, training: bool, start: nn.Module | None = None) -> Run:
+    """One forward and backward, always from the same random state, and from the parameters and buffers of `start`."""
+    args, kwargs = _ready(model, call, training, start)
+    out = leaves(model(*args, **kwargs))
     total = [t.float().abs().square().sum() for t in out if isinstance(t, Tensor) and t.requires_grad]
     try:
         if total:
             sum(total).backward()
     except (RuntimeError, AssertionError) as error:  # some models have no backward in eval: then nor may ours
         out.append(f"no backward: {type(error).__name__}")
-    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return Run(out, gradients, [*leaves((args, kwargs)), *(b.clone() for b in model.buffers())])
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; of what the last forward left in an attribute, which torch does not copy, the values."""
+    left = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in left})
 
 
 def same(a: Any, b: Any) -> bool:
@@ -86,16 +123,18 @@ def all_same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
-def check(name: str, model: nn.Module, calls: list[dict[str, Any]]) -> Found:
-    """Every check of one model: `calls` are keyword arguments, the example first."""
+def check(name: str, model: nn.Module, calls: list[Call]) -> Found:
+    """Every check of one model: the example is the first of `calls`."""
     found = Found(name)
     started = time.perf_counter()
-    prepared = qgraph.prepare(model, CONFIG, example_kwargs=calls[0])
+    prepared = qgraph.prepare(model, CONFIG, calls[0].args, example_kwargs=calls[0].kwargs)
     found.prepare_seconds = time.perf_counter() - started
-    _off(found, model, prepared, calls)
-    _on(found, model, prepared, calls)
+    eager = copied(model)
+    expected = {key: run(eager, call, key[1], model) for key, call in _modes(calls)}
+    _off(found, model, prepared, calls, expected)
+    _on(found, model, prepared, calls, expected)
     _objects(found, model, prepared, calls)
-    if not _repeatable(model, calls[0]):
+    if not all_same(run(eager, calls[0], True, model).outputs, expected[0, True].outputs):  # eager itself varies
         found.failures = [f for f in found.failures if not f.startswith("off")]
     report = coverage(prepared)
     found.sites, found.quantized = report.sites, report.sites_quantized
@@ -108,80 +147,143 @@ def check(name: str, model: nn.Module, calls: list[dict[str, Any]]) -> Found:
     return found
 
 
-def _off(found: Found, model: nn.Module, prepared: nn.Module, calls: list[dict[str, Any]]) -> None:
-    for number, kwargs in enumerate([*calls, calls[0]]):
-        for training in (False, True):
-            expected, expected_grads = run(copy.deepcopy(model), kwargs, training)
-            other = copy.deepcopy(prepared) if number == 0 else prepared
-            with qgraph.disabled(other):
-                other.load_state_dict(model.state_dict())
-                out, grads = run(other, kwargs, training)
-                if not all(same(grads[n], g) for n, g in expected_grads.items() if n in grads):
-                    # A call that is recorded may sum gradients in another order: the next one must not.
-                    out, grads = run(other, kwargs, training)
-            at = f"off, call {number}, {'train' if training else 'eval'}"
-            if not all_same(out, expected):
-                found.failures.append(f"{at}: outputs differ")
-            elif grads.keys() != expected_grads.keys():
-                found.failures.append(f"{at}: gradients of {sorted(grads.keys() ^ expected_grads.keys())[:3]}")
-            elif wrong := [n for n in grads if not same(grads[n], expected_grads[n])]:
-                found.failures.append(f"{at}: gradient of {wrong[0]} differs ({len(wrong)})")
+def _modes(calls: list[Call]) -> list[tuple[tuple[int, bool], Call]]:
+    """Every call in eval and in train mode."""
+    return [((number, training), call) for number, call in enumerate(calls) for training in (False, True)]
 
 
-def _on(found: Found, model: nn.Module, prepared: nn.Module, calls: list[dict[str, Any]]) -> None:
-    for number, kwargs in enumerate(calls):
-        for training in (False, True):
-            at = f"on, call {number}, {'train' if training else 'eval'}"
-            eager, quantized = _count(copy.deepcopy(model), kwargs, training), _count(prepared, kwargs, training)
-            found.weights = max(found.weights, len(eager.weights))
-            if quantized.floating:
-                found.failures.append(f"{at}: float in a product: {sorted(quantized.floating)[:4]}")
-            skipped = eager.weights - quantized.weights  # experts that other activations are not routed to
-            if number == 0 and not skipped and eager.calls > quantized.calls:
-                found.failures.append(f"{at}: {eager.calls} products of eager, {quantized.calls} of prepared")
-            expected, expected_grads = run(copy.deepcopy(model), kwargs, training)
-            out, grads = run(prepared, kwargs, training)
-            if all_same(out, expected):
-                found.failures.append(f"{at}: outputs do not change")
-            if lost := sorted(expected_grads.keys() - grads.keys() - skipped):
-                found.failures.append(f"{at}: no gradient for {lost[:3]}")
-            finite = all(torch.isfinite(g).all() for g in expected_grads.values())
-            if bad := [n for n, g in grads.items() if finite and not torch.isfinite(g).all()]:
-                found.failures.append(f"{at}: gradient of {bad[0]} is not finite ({len(bad)})")
+def _off(found: Found, model: nn.Module, prepared: nn.Module, calls: list[Call], expected: Runs) -> None:
+    copied = copy.deepcopy(prepared)
+    again = [(key, call) for key, call in _modes(calls) if key[0] == 0]
+    for i, ((number, training), call) in enumerate([*_modes(calls), *again]):
+        other = copied if i < len(again) else prepared
+        with qgraph.disabled(other):
+            ours = run(other, call, training, model)
+            if _wrong_gradients(ours, expected[number, training]):
+                # A call that is recorded may sum gradients in another order: the next one must not.
+                ours = run(other, call, training, model)
+        if problem := _difference(ours, expected[number, training]):
+            found.failures.append(f"off, call {number}, {'train' if training else 'eval'}: {problem}")
 
 
-def _count(model: nn.Module, kwargs: dict[str, Any], training: bool) -> Any:
-    model.train(training)
-    seed()
-    inputs = clone(kwargs)
-    with counting(model, inputs, (WeightQuantizer, Sparsifier, ActivationQuantizer)) as census:
-        model(**inputs)
-    return census
+def _difference(ours: Run, expected: Run) -> str | None:
+    if not all_same(ours.outputs, expected.outputs):
+        return "outputs differ"
+    if not all_same(ours.state, expected.state):
+        return "buffers or arguments differ afterwards"
+    if others := ours.gradients.keys() ^ expected.gradients.keys():
+        return f"gradients of {sorted(others)[:3]}"
+    if wrong := _wrong_gradients(ours, expected):
+        return f"gradient of {wrong[0]} differs ({len(wrong)})"
+    return None
 
 
-def _objects(found: Found, model: nn.Module, prepared: nn.Module, calls: list[dict[str, Any]]) -> None:
-    kwargs, model = calls[0], copy.deepcopy(model)
-    for call in calls:  # what a run leaves in eager (hooks that do not pickle) is eager's own
-        run(model, call, False)
+def _wrong_gradients(ours: Run, expected: Run) -> list[str]:
+    return [n for n, g in ours.gradients.items() if n in expected.gradients and not same(g, expected.gradients[n])]
+
+
+def _on(found: Found, model: nn.Module, prepared: nn.Module, calls: list[Call], expected: Runs) -> None:
+    counted = copied(model)
+    for (number, training), call in _modes(calls):
+        at, floating = f"on, call {number}, {'train' if training else 'eval'}", expected[number, training]
+        eager, _ = _count(counted, call, training, model)
+        quantized, first = _count(prepared, call, training, model)
+        ours = run(prepared, call, training, model)
+        found.weights = max(found.weights, len(eager.weights))
+        if quantized.floating:
+            found.failures.append(f"{at}: float in a product: {sorted(quantized.floating)[:4]}")
+        skipped = eager.weights - quantized.weights  # experts that other activations are not routed to
+        if number == 0 and not skipped and eager.calls > quantized.calls:
+            found.failures.append(f"{at}: {eager.calls} products of eager, {quantized.calls} of prepared")
+        if not all_same(first, ours.outputs[: len(first)]):
+            found.failures.append(f"{at}: another result the second time")
+        if _reaches_output(eager.weights, floating) and all_same(ours.outputs, floating.outputs):
+            found.failures.append(f"{at}: outputs do not change")
+        lost = sorted(floating.gradients.keys() - ours.gradients.keys() - skipped)
+        if lost and not skipped:  # else another branch was taken, by data that quantizers have changed
+            found.failures.append(f"{at}: no gradient for {lost[:3]}")
+        finite = all(torch.isfinite(g).all() for g in floating.gradients.values())
+        if bad := [n for n, g in ours.gradients.items() if finite and not torch.isfinite(g).all()]:
+            found.failures.append(f"{at}: gradient of {bad[0]} is not finite ({len(bad)})")
+
+
+def _reaches_output(weights: set[str], run: Run) -> bool:
+    """Whether the output depends on a quantized weight, as far as gradients tell."""
+    return any(n in run.gradients and bool(run.gradients[n].any()) for n in weights)
+
+
+def _count(model: nn.Module, call: Call, training: bool, start: nn.Module) -> tuple[Census, list[Any]]:
+    """The census of one forward, and its output leaves."""
+    args, kwargs = _ready(model, call, training, start)
+    with counting(model, leaves((args, kwargs)), (WeightQuantizer, Sparsifier, ActivationQuantizer)) as census:
+        out = leaves(model(*args, **kwargs))
+    return census, out
+
+
+def _objects(found: Found, model: nn.Module, prepared: nn.Module, calls: list[Call]) -> None:
+    call, eager = calls[0], copied(model)
+    for other in calls:  # what a run leaves in eager (hooks that do not pickle) is eager's own
+        run(eager, other, False)
     if list(prepared.state_dict()) != list(model.state_dict()) or not isinstance(prepared, type(model)):
         found.failures.append("class or state_dict keys differ")
-    expected, _ = run(prepared, kwargs, False)
+    if [n for n, _ in prepared.named_parameters()] != [n for n, _ in model.named_parameters()]:
+        found.failures.append("names of parameters differ")
+    expected = run(prepared, call, False, model)
     makers = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
     for kind, make in makers.items():
         try:
-            make(model)
+            make(eager)
         except Exception:
             continue  # nor can eager
         try:
-            if not all_same(run(make(prepared), kwargs, False)[0], expected):
+            made = make(prepared)
+            if not all_same(run(made, call, False, model).outputs, expected.outputs):
                 found.failures.append(f"{kind}: another result")
+            if kind == "deepcopy":
+                _double(found, eager, made, call)
         except Exception as error:
             found.failures.append(f"{kind}: {type(error).__name__}: {error}")
+    _hooks(found, copied(model), prepared, call)
 
 
-def _repeatable(model: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether eager gives the same twice from the same random state."""
-    return all_same(run(copy.deepcopy(model), kwargs, True)[0], run(copy.deepcopy(model), kwargs, True)[0])
+def _double(found: Found, eager: nn.Module, prepared: nn.Module, call: Call) -> None:
+    """In float64, as far as eager runs in it."""
+    call, start = call.double(), copied(eager).double()
+    try:
+        expected = run(eager.double(), call, True, start)
+    except Exception:
+        return
+    with qgraph.disabled(prepared):
+        if problem := _difference(run(prepared.double(), call, True, start), expected):
+            found.failures.append(f"double: {problem}")
+
+
+def _hooks(found: Found, eager: nn.Module, prepared: nn.Module, call: Call) -> None:
+    """Forward hooks see the same modules in the same order, with the same results."""
+    seen: tuple[list[list[Any]], list[list[Any]]] = ([], [])
+    start = copied(eager)
+    with qgraph.disabled(prepared):
+        run(
+            prepared, call, True, start
+        )  # a graph whose sizes turn out not to hold has called hooks before that is seen
+        for model, calls in zip((eager, prepared), seen, strict=True):
+            handles = [
+                module.register_forward_hook(lambda _, __, out, n=name, c=calls: c.append([n, *leaves(out)]))
+                for name, module in model.named_modules()
+                if "qgraph" not in name.split(".")
+            ]
+            args, kwargs = _ready(model, call, True, start)
+            model(*args, **kwargs)
+            for handle in handles:
+                handle.remove()
+    if [call[0] for call in seen[0]] != [call[0] for call in seen[1]]:
+        found.failures.append("hooks: called for other modules")
+    elif not all(all_same(a, b) for a, b in zip(*seen, strict=True)):
+        found.failures.append("hooks: other results")
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _short(where: str) -> str:

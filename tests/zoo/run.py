@@ -30,7 +30,7 @@ def check_one(name: str) -> Any:
     """Build one architecture and run its checks, in this process."""
     import torch
 
-    from tests.zoo.checks import check
+    from tests.zoo.checks import Call, check
 
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def check_one(name: str) -> Any:
     calls = [first, architecture.inputs(1)]
     if architecture.changed:
         calls.append({**first, **architecture.changed})
-    return check(name, model, calls)
+    return check(name, model, [Call(kwargs=kwargs) for kwargs in calls])
 
 
 def check_apart(name: str, limit: float) -> dict[str, Any]:
