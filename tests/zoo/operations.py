@@ -15,8 +15,8 @@ from dataclasses import dataclass
 class Op:
     """One operation: the kinds of value it takes, the lines of its forward and of ``__init__``.
 
-    ``inner``: the kind of value inside the nested steps, where not the same; ``resizes``: whether the result has another
-    length or size; ``takes`` and ``returns``: how a child takes its argument and gives its result.
+    ``inner``: the kind of value inside the nested steps, where not the same; ``resizes``: whether the result has
+    another length or size; ``takes`` and ``returns``: how a child takes its argument and gives its result.
     """
 
     kinds: str
@@ -559,7 +559,7 @@ HELPERS = {
     "Config": "@dataclasses.dataclass\nclass Config:\n    bounded: bool = True",
     "Inputs": "@dataclasses.dataclass\nclass Inputs:\n    x: torch.Tensor\n    second: torch.Tensor | None = None",
     "Pair": "class Pair(NamedTuple):\n    out: torch.Tensor\n    first: torch.Tensor",
-    "Result": "@dataclasses.dataclass\nclass Result:\n    out: torch.Tensor\n    first: torch.Tensor\n    note: int = 1",
+    "Result": "@dataclasses.dataclass\nclass Result:\n    out: torch.Tensor\n    first: torch.Tensor",
     "Rounded": (
         "class Rounded(torch.autograd.Function):\n"
         "    @staticmethod\n    def forward(ctx, x):\n        return x.round()\n\n"
