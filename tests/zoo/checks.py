@@ -222,8 +222,8 @@ def _count(model: nn.Module, call: Call, training: bool, start: nn.Module) -> tu
 
 def _objects(found: Found, model: nn.Module, prepared: nn.Module, calls: list[Call]) -> None:
     call, eager = calls[0], copied(model)
-    for other in calls:  # what a run leaves in eager (hooks that do not pickle) is eager's own
-        run(eager, other, False)
+    for (_, training), other in _modes(calls):  # what a run leaves in eager (hooks that do not pickle) is its own
+        run(eager, other, training)
     if list(prepared.state_dict()) != list(model.state_dict()) or not isinstance(prepared, type(model)):
         found.failures.append("class or state_dict keys differ")
     if [n for n, _ in prepared.named_parameters()] != [n for n, _ in model.named_parameters()]:
