@@ -6,6 +6,7 @@ demand and live under the child `qgraph` of the module whose forward makes the c
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,9 @@ class Site:
     call: SiteCall
     weights: tuple[Placed, ...]
     inputs: tuple[Placed, ...]
+
+
+_placing = threading.RLock()
 
 
 class Owner:
@@ -101,19 +105,24 @@ class Owner:
         name = key.replace(".", "__")
         container = self.module._modules.get("qgraph")
         if container is None:
-            container = Quantizers()
-            container.train(self.module.training)
-            self.module._modules["qgraph"] = container
+            made = Quantizers().train(self.module.training)
+            container = self.module._modules.setdefault("qgraph", made)
         assert isinstance(container, Quantizers)
-        if name in container:
-            return container[name]
-        found = self.shared.quantizers.get(site)
-        if found is None or not fits(found):
-            found = make()
-            found.enabled = not self.shared.is_off(found.site)
-            self.shared.quantizers.setdefault(site, found)
-        container[name] = found
-        return found
+        return container[name] if name in container else self._place(container, name, site, make, fits)
+
+    def _place(
+        self, container: Quantizers, name: str, site: str, make: Callable[[], Any], fits: Callable[[Any], bool]
+    ) -> Any:
+        with _placing:  # two threads may meet a site for the first time: it gets one quantizer
+            if name in container:
+                return container[name]
+            found = self.shared.quantizers.get(site)
+            if found is None or not fits(found):
+                found = make()
+                found.enabled = not self.shared.is_off(found.site)
+                self.shared.quantizers.setdefault(site, found)
+            container[name] = found
+            return found
 
 
 def place(call: SiteCall, sources: list[Source], owner: Owner, ordinal: Callable[[str, int], int]) -> Site | None:

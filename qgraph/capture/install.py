@@ -55,7 +55,7 @@ def captured_class(cls: type) -> type:
     """The subclass of `cls` whose forward runs captured graphs; made once for each class."""
     found = _classes.get(cls)
     if found is None:
-        found = _classes[cls] = _make_class(cls)
+        found = _classes.setdefault(cls, _make_class(cls))  # of two threads, the first
     return found
 
 

@@ -5,10 +5,12 @@ Parts that are checkpointed run again in backward, when the forward's mode is ov
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
@@ -44,6 +46,15 @@ class Running:
     """How many forwards run under a `SiteMode`, over all threads: their children have to step out of it."""
 
     count = 0
+    _lock = threading.Lock()
+
+    @classmethod
+    def add(cls, change: int) -> None:
+        if torch.compiler.is_compiling():  # which knows no locks
+            cls.count += change
+            return
+        with cls._lock:
+            cls.count += change
 
 
 def run_opaque(
@@ -61,12 +72,12 @@ def run_opaque(
 
 
 def _run_under(mode: SiteMode, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    Running.count += 1
+    Running.add(1)
     try:
         with repeatable(quantized_again), mode:
             return function(*args, **kwargs)
     finally:
-        Running.count -= 1
+        Running.add(-1)
 
 
 def quantized_again(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:

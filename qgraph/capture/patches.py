@@ -15,9 +15,25 @@ import torch
 from torch import nn
 from torch._functorch import vmap
 from torch.nn.utils import stateless
+from torch.utils import checkpoint
 
 from qgraph.capture.calls import Apply
 from qgraph.capture.values import plain
+
+# Everything that is replaced, here and in `checkpointing`; tests hold that after a capture each is as before.
+PATCHED: tuple[tuple[Any, str], ...] = (
+    (nn.Module, "__call__"),
+    (nn.Module, "__getattribute__"),
+    (nn.Module, "__setattr__"),
+    (torch.autograd.Function, "apply"),
+    (torch.autocast, "__enter__"),
+    (torch.autocast, "__exit__"),
+    (stateless, "_functional_call"),
+    (vmap, "_vmap_increment_nesting"),
+    (checkpoint, "_checkpoint_without_reentrant_generator"),
+    (checkpoint.CheckpointFunction, "forward"),
+    ("torch._dynamo.eval_frame", "_stance"),  # by its name: importing the compiler takes seconds
+)
 
 _INHERITED: Any = object()  # in place of an original that a base class has
 
@@ -47,6 +63,8 @@ class Patches:
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Replace an attribute; for `install` to call."""
+        if (owner, name) not in PATCHED and (getattr(owner, "__name__", None), name) not in PATCHED:
+            raise KeyError(f"{owner}.{name}: list it in PATCHED")
         self._originals[owner, name] = owner.__dict__.get(name, _INHERITED)
         setattr(owner, name, value)
 
@@ -142,3 +160,6 @@ def _install(current: Callable[[], Any]) -> None:
     _patches.replace(torch.autograd.Function, "apply", classmethod(apply_function))
     _patches.replace(torch.autocast, "__enter__", enter_autocast)
     _patches.replace(torch.autocast, "__exit__", leave_autocast)
+    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is not None:  # compiled functions inside a recorded forward run as they are written
+        _patches.replace(compiler, "_stance", compiler.DynamoStance("force_eager"))

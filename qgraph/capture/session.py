@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,26 +33,28 @@ def current() -> Session | None:
 @contextlib.contextmanager
 def capturing(quantize: bool, reason: str | None = None, where: str | None = None) -> Iterator[Session]:
     """Run code with every module forward recorded; see `Session`."""
-    session = Session(quantize, reason, where)
-    _local.session = session
-    active.count += 1
+    session, outer = Session(quantize, reason, where), current()
     try:
-        with patched(current), repeatable(quantized_again), _eager():
+        with patched(current), repeatable(quantized_again):
+            active.add(1)
+            _local.session = session
             yield session
     finally:
-        active.count -= 1
-        _local.session = None
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled functions inside a recorded forward run as they are written; nothing to do where none can be."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+        if current() is session:
+            _local.session = outer
+            active.add(-1)
 
 
 class _Active:
     """How many captures run, over all threads: lets the installed forward skip the thread-local look-up."""
 
-    count = 0
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def add(self, change: int) -> None:
+        with self._lock:
+            self.count += change
 
 
 active = _Active()
@@ -204,7 +205,7 @@ class Session:
             reason = f"more than {MAX_VARIANTS} variants"
         elif reason is None and (entry := state.known_opaque(call, module.training)) is not None:
             reason = entry.reason
-        training = module.training
+        training, before = module.training, len(state.variants)
         recorder = Recorder(module, state, self.quantize, reason, self.where or definition(forward))
         self.stack.append(recorder)
         try:
@@ -212,10 +213,10 @@ class Session:
         finally:
             self.stack.pop()
         if not known:
-            self._keep(recorder, call, training)
+            self._keep(recorder, call, training, before)
         return result
 
-    def _keep(self, recorder: Recorder, call: Call, training: bool) -> None:
+    def _keep(self, recorder: Recorder, call: Call, training: bool, before: int) -> None:
         state = recorder.state
         with _install_lock:
             # With the tensors at hand: a learned step starts from the weight, whichever way it came here.
@@ -231,6 +232,8 @@ class Session:
                     recorder.late_guards,
                     recorder.in_place,
                 )
+                if any(variant.alike(other) for other in state.variants[before:]):
+                    return  # another thread was faster
                 state.variants.append(variant)
                 self.new.append((recorder.module, variant))
                 if self.quantize:  # a second call in this very run must meet the rewritten graph

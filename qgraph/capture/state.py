@@ -69,6 +69,11 @@ class Variant:
         except (AttributeError, IndexError, KeyError, TypeError):  # a part that the guards read is not there
             return False
 
+    def alike(self, other: Variant) -> bool:
+        """Whether another one holds for the same calls."""
+        fields = ("names", "signature", "training", "held", "guards")
+        return all(getattr(self, name) == getattr(other, name) for name in fields)
+
     def function(self) -> Callable[..., Any]:
         """The graph as a Python function of (module, *arguments)."""
         if self._function is None:
