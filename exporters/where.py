@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qgraph import modules
-from qgraph.capture.state import GENERATED
+from qgraph.capture.variants import GENERATED
 
 _Frame = tuple[str, int | None, str]  # file, line, function
 _TOOLS = frozenset({"torch", "functorch", "sympy", "numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime"})

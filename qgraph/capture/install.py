@@ -20,7 +20,8 @@ from qgraph.capture.opaque import Running, SiteMode, run_opaque, running_mode
 from qgraph.capture.session import active, capturing, current
 from qgraph.capture.snapshot import Snapshot
 from qgraph.capture.source import raised_at
-from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Variant, shapes
+from qgraph.capture.state import ModuleState
+from qgraph.capture.variants import MAX_VARIANTS, Call, Variant, shapes
 from qgraph.graph import STATE, quantizer_modules
 
 _classes: dict[type, type] = {}

@@ -16,9 +16,10 @@ from qgraph.capture.opaque import quantized_again
 from qgraph.capture.patches import patched
 from qgraph.capture.recorder import Recorder
 from qgraph.capture.source import definition
-from qgraph.capture.state import MAX_VARIANTS, Call, ModuleState, Variant
+from qgraph.capture.state import ModuleState
 from qgraph.capture.structure import Unsupported
 from qgraph.capture.values import plain
+from qgraph.capture.variants import MAX_VARIANTS, Call, Variant
 from qgraph.graph import STATE
 
 _local = threading.local()

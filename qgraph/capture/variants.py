@@ -1,0 +1,165 @@
+"""Variants: the captured graphs of one module, each with the calls that it holds for, and how a call is described.
+
+A graph is right only for calls like the one it was recorded from. So each comes with what has to be the same (the
+signature of the arguments, the mode, attributes, guards), and a call of another kind gets another graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from qgraph.capture.attributes import Held
+from qgraph.capture.guards import Guard
+from qgraph.capture.structure import tensors_in
+from qgraph.graph import without_quantizers
+
+MAX_VARIANTS = 8
+
+
+class Call(NamedTuple):
+    """One call of a forward: its arguments' names and values, keywords sorted, and their signature."""
+
+    names: tuple[str, ...]
+    signature: Any
+    values: tuple[Any, ...]
+    problem: str | None = None
+
+
+@dataclass(slots=True)
+class Variant:
+    """One captured graph of a module and the calls that it holds for.
+
+    ``names``: the arguments as the call gave them; ``signature``: their structure; ``training``: the module's mode;
+    ``held``: the attributes that the forward has read; ``guards``: conditions on sizes and dtypes.
+    """
+
+    names: tuple[str, ...]
+    signature: Any  # as in `Call`
+    training: bool
+    held: tuple[Held, ...]
+    guards: tuple[Guard, ...]
+    graph: fx.Graph
+    late_guards: int
+    in_place: bool = False  # whether the forward changed tensors among its arguments
+    validated: set[Any] = field(default_factory=set)  # sizes for which the late guards held
+    rejected: set[Any] = field(default_factory=set)  # and did not
+    _function: Callable[..., Any] | None = None
+    _float_function: Callable[..., Any] | None = None
+    _condition: Callable[..., bool] | None = None
+
+    def accepts(self, module: nn.Module, call: Call) -> bool:
+        if call.names != self.names or call.signature != self.signature:
+            return False
+        if module.training is not self.training:
+            return False
+        if self.rejected and not torch.compiler.is_compiling() and shapes(call.values) in self.rejected:
+            return False
+        for held in self.held:
+            if not held.same_in(module):
+                return False
+        if not self.guards:
+            return True
+        if self._condition is None:
+            self._condition = self._compile_condition()
+        try:
+            return self._condition(module, *call.values)
+        except (AttributeError, IndexError, KeyError, TypeError):  # a part that the guards read is not there
+            return False
+
+    def alike(self, other: Variant) -> bool:
+        """Whether another one holds for the same calls."""
+        fields = ("names", "signature", "training", "held", "guards")
+        return all(getattr(self, name) == getattr(other, name) for name in fields)
+
+    def function(self) -> Callable[..., Any]:
+        """The graph as a Python function of (module, *arguments)."""
+        if self._function is None:
+            self._function = compile_graph(self.graph)
+        return self._function
+
+    def run(self, module: nn.Module, values: tuple[Any, ...]) -> Any:
+        """Run the graph on a call's values; what is switched off costs nothing, not even its nodes."""
+        quantizers = module.__dict__["_modules"].get("qgraph")
+        if quantizers is None or torch.compiler.is_compiling() or not quantizers.off():
+            return self.function()(module, *values)
+        if self._float_function is None:
+            self._float_function = compile_graph(without_quantizers(self.graph))
+        return self._float_function(module, *values)
+
+    def compile(self) -> None:
+        """Compile the graph as it is now, before its next call: torch.compile must not meet the work."""
+        self._function, self._float_function = compile_graph(self.graph), None
+        if self.guards:
+            self._condition = self._compile_condition()
+
+    def _compile_condition(self) -> Callable[..., bool]:
+        arguments = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        source = f"lambda {', '.join(['self', *arguments])}: " + " and ".join(f"({g.source})" for g in self.guards)
+        names = {"torch": torch, "device": torch.device}
+        return eval(source, names)  # the text is our own, made of the forward's argument names
+
+    def __getstate__(self) -> dict[str, Any]:
+        from qgraph.capture.serialize import dump_graph
+
+        state = {
+            name: getattr(self, name)
+            for name in ("names", "signature", "training", "held", "guards", "late_guards", "in_place")
+        }
+        return {**state, "graph": dump_graph(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from qgraph.capture.serialize import load_graph
+
+        for name, value in state.items():
+            setattr(self, name, load_graph(value) if name == "graph" else value)
+        self.validated, self.rejected, self._condition = set(), set(), None
+        self.compile()
+
+
+GENERATED = "<qgraph "  # what the file names of compiled graphs begin with
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """Compile a graph to a function of (module, *arguments); tracebacks show its source, and the user's line behind."""
+    import linecache
+
+    code = graph.python_code("self")
+    file = f"{GENERATED}{id(graph):x}>"
+    places = {node.name: node.meta["where"] for node in graph.nodes if "where" in node.meta}
+    lines = [_with_place(line, places) for line in code.src.splitlines()]
+    linecache.cache[file] = (len(code.src), None, lines, file)
+    names: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, file, "exec"), names)
+    forward = names["forward"]
+    switches = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
+    return _leaving_blocks(forward) if switches else forward
+
+
+def _leaving_blocks(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph has no `with`: where an error ends it inside a no_grad block, gradients are put back all the same."""
+
+    def run(*args: Any) -> Any:
+        enabled = torch.is_grad_enabled()
+        try:
+            return forward(*args)
+        except BaseException:
+            torch._C._set_grad_enabled(enabled)
+            raise
+
+    return run
+
+
+def _with_place(line: str, places: dict[str, str]) -> str:
+    place = places.get(line.partition("=")[0].strip())
+    return f"{line}  # {place}\n" if place else f"{line}\n"
+
+
+def shapes(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The sizes and dtypes of every tensor in a call's arguments."""
+    modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    return (*modes, *((tuple(tensor.shape), tensor.dtype) for tensor in tensors_in(values)))
