@@ -188,6 +188,28 @@ def _einsum(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callab
     return SiteCall("einsum", tuple(operands))
 
 
+def _tensordot(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+    """As many of the last dimensions of the first with the first of the second, or lists of the dimensions of each."""
+    dims = args[2] if len(args) > 2 else kwargs.get("dims", 2)
+    operands = []
+    for i, operand in enumerate((Operand(0, "a", "either", None), Operand(1, "b", "either", None))):
+        rank = ndim(operand.get(args, kwargs))
+        if isinstance(dims, int):
+            summed = set(range(rank)[-dims:] if i == 0 else range(rank)[:dims]) if dims else set()
+        else:
+            summed = {d % rank for d in dims[i]} if isinstance(dims, (tuple, list)) and rank else set(range(rank))
+        kept = [d for d in range(rank) if d not in summed]
+        operands.append(replace(operand, axis=kept[0] if kept else None))
+    return SiteCall(name, tuple(operands))
+
+
+def _chain(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+    """A product of a list of matrices, whose first and last may be vectors."""
+    factors = args[0] if args else kwargs["tensors"]
+    chain = [Operand(0, "tensors", "either", 0 if i == 0 else -1, i) for i in range(len(factors))]
+    return SiteCall(name, tuple(_of_rank(operand, ndim(operand.get(args, kwargs))) for operand in chain))
+
+
 def _recurrent(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall | None:
     # Padded: (input, hx, params, ...); packed: (data, batch_sizes, hx, params, ...). hx is a pair for an LSTM.
     at = 2 if isinstance(args[2], (list, tuple)) and isinstance(args[3], bool) else 3
@@ -215,6 +237,8 @@ _TABLE: dict[str, Callable[..., SiteCall | None]] = {
     **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
     **{name: _matmul(1, ("mat1", "mat2")) for name in ("addmm", "baddbmm", "addmv", "addbmm")},
     "einsum": _einsum,
+    "tensordot": _tensordot,
+    **dict.fromkeys(("multi_dot", "linalg_multi_dot"), _chain),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **{f"{name}_cell": _cell for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
 }

@@ -488,6 +488,20 @@ class Latents(nn.Module):
         return torch.einsum("bte,btd,edf->btf", self.gate(x).softmax(-1), x, self.experts)
 
 
+@trap(rows(4))
+class Products(nn.Module):
+    """Products of more kinds: tensordot and a chain of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4, 5) * 0.5), nn.Parameter(torch.randn(4, 5) * 0.5)
+        self.c = nn.Parameter(torch.randn(5, 3, 2) * 0.5)
+
+    def forward(self, x):
+        x = torch.linalg.multi_dot([x, self.a, self.b.t()])
+        return torch.tensordot(torch.tensordot(self.a, x, dims=([0], [1])), self.c, ([0], [0]))
+
+
 @trap(rows(4), opaque=True)
 class FrozenSwapped(nn.Module):
     """`functional_call` with a weight made of a frozen parameter: a tensor that asks for no gradient."""
