@@ -222,16 +222,14 @@ def built(source: str) -> Iterator[tuple[nn.Module, list[Call]]]:
 
 def failures(source: str) -> list[str] | None:
     """What the checks find wrong with the model of a source; None where eager itself does not run it."""
-    with warnings.catch_warnings(), built(source) as (model, calls):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), built(source) as (model, calls):
         try:
             for call in calls:
                 for training in (False, True):
                     run(model, call, training)
         except Exception:
             return None
-    with warnings.catch_warnings(), built(source) as (model, calls):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), built(source) as (model, calls):
         try:
             return check("Model", model, calls).failures
         except Exception as error:
