@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qgraph.config import QConfig
 from qgraph.errors import CheckpointError, ConfigError
 from qgraph.graph import config_of
+from qgraph.ops.sharded import is_sharded, whole
 from qgraph.prepare import prepare
 from qgraph.version import __version__
 
@@ -120,18 +121,13 @@ def load(
 
 
 def _has_shards(model: nn.Module) -> bool:
-    return any(map(_is_sharded, model.state_dict().values()))
-
-
-def _is_sharded(value: Any) -> bool:
-    """Whether this is a DTensor, told without the import, which takes a second."""
-    return hasattr(value, "full_tensor")
+    return any(map(is_sharded, model.state_dict().values()))
 
 
 def _sharded_alike(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Whole tensors cut as the model's own are; every rank has read the file, so nothing has to be sent."""
     own = model.state_dict()
-    return {name: _cut(value, own[name]) if _is_sharded(own[name]) else value for name, value in state.items()}
+    return {name: _cut(value, own[name]) if is_sharded(own[name]) else value for name, value in state.items()}
 
 
 def _cut(value: Tensor, own: Any) -> Tensor:
@@ -156,15 +152,15 @@ def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
             aliases[name] = first[place]
             continue
         first[place] = name
-        whole = value.full_tensor() if _is_sharded(value) else value  # every rank takes part
-        # A clone has memory of its own: views of one storage would otherwise be refused by the format.
-        tensors[name] = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
+        # Every rank takes part in making a sharded one whole. A clone has memory of its own: views of one storage would
+        # otherwise be refused by the format.
+        tensors[name] = whole(value).detach().cpu().clone(memory_format=torch.contiguous_format)
     return tensors, aliases
 
 
 def _place(value: Any) -> tuple[Any, ...]:
     """What two tensors have in common where they are the same one."""
-    if not _is_sharded(value):
+    if not is_sharded(value):
         return value.device, value.dtype, value.data_ptr(), tuple(value.shape), value.stride()
     local = value.to_local()  # may be empty, and then has no address, but its storage tells
     storage = local.untyped_storage()._cdata

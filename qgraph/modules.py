@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qgraph.config import QuantSpec, SparsitySpec
+from qgraph.errors import CaptureError
 from qgraph.ops import Groups, Quantized, fake_quantize, initial_step, quantize, sparsify
 
 
@@ -118,6 +119,14 @@ class Quantizer(nn.Module):
             self.step = nn.Parameter(start)
         else:
             self.step.data.copy_(start)
+
+    @property
+    def is_leaf(self) -> bool:
+        """What parallelize_module asks of whatever is called "weight" inside a layer: too late for a prepared one."""
+        raise CaptureError(
+            f"site '{self.site}': a prepared layer cannot be made tensor-parallel. Call "
+            f"parallelize_module on the float model, then qgraph.prepare with inplace=True."
+        )
 
     def extra_repr(self) -> str:
         state = "" if self.enabled else ", disabled"

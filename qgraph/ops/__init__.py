@@ -15,6 +15,7 @@ from qgraph.ops.ddt import DDT
 from qgraph.ops.groups import Groups
 from qgraph.ops.lsq import LearnedStep, lsq_initial_step, required_step
 from qgraph.ops.quantized import Quantized, quantize
+from qgraph.ops.sharded import is_sharded, on_whole, whole
 from qgraph.ops.sparsity import sparsify, sparsity_mask
 from qgraph.ops.ste import AbsMean, StraightThrough
 
@@ -61,6 +62,10 @@ def fake_quantize(
     >>> len(y[0].unique())
     2
     """
+    if is_sharded(x):
+        if spec.method == "ddt" and dense is not None:
+            x = x.detach()  # it gets no gradient here, and none is not what backward of a gathering takes
+        return on_whole(lambda t: fake_quantize(t, spec, groups, dense=whole(dense), step=whole(step)), x)
     # torch.compile makes symbols of the numbers of specs that vary, and then fails where two calls share one;
     # evaluated and hashed here, they are guarded constants.
     hash((spec, spec.levels, is_binary(spec), scale_is_mean(spec), groups))
@@ -96,6 +101,7 @@ def fake_quantize(
 @torch.no_grad()
 def initial_step(x: Tensor, spec: QuantSpec, groups: Groups) -> Tensor:
     """A start for the learned step of method "lsq", shape `groups.shape(x.shape)`, float32 or wider."""
+    x = whole(x)
     if x.numel() == 0:
         return x.new_ones(groups.shape(x.shape))
     steps = [lsq_initial_step(piece, spec) for piece in groups.pieces(x)]

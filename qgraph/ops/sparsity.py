@@ -15,6 +15,7 @@ from torch import Tensor
 from qgraph.config import SparsitySpec
 from qgraph.ops import eager, selection
 from qgraph.ops.groups import Groups
+from qgraph.ops.sharded import is_sharded, on_whole
 
 CHUNK = 1 << 19  # values a thread that comparisons of runs go over at a time, to stay in cache
 SEARCHED = 1 << 14  # from so many values on a search is faster than a selection
@@ -32,6 +33,8 @@ def sparsify(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
     groups : Groups
         Says what a row is; its block length plays no part.
     """
+    if is_sharded(w):
+        return on_whole(lambda t: sparsify(t, sparsity, groups), w)
     return _Sparsify.apply(w, sparsity, groups)
 
 

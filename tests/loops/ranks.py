@@ -11,8 +11,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import qgraph
@@ -192,3 +194,30 @@ def single(config: Any, dtype: torch.dtype, parts: int, mixed: bool = False) -> 
 def one_step(rank: int, folder: Path) -> float:
     """The shortest use of a group."""
     return train(DistributedDataParallel(model("W4")), rank, range(1), adam([torch.nn.Parameter(torch.zeros(1))]))[0]
+
+
+def tensor_parallel(rank: int, folder: Path, configs: dict[str, Any]) -> dict[str, Any]:
+    """A column-wise and a row-wise Linear over two processes, and the same in one: outputs, gradients, losses."""
+    found = {}
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name, config in configs.items():
+        runs = []
+        for parallel in (True, False):
+            torch.manual_seed(0)
+            layers = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 12)).double()
+            if parallel:
+                parallelize_module(layers, mesh, plan)
+            prepared = qgraph.prepare(layers, config, x, inplace=True)
+            optimizer = torch.optim.SGD(prepared.parameters(), 0.1)
+            losses = []
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss = prepared(x).square().mean()
+                loss.backward()
+                losses.append(loss.item())
+                optimizer.step()
+            runs.append({"losses": losses, "parameters": parameters(prepared)})
+        found[name] = runs
+    return found
