@@ -12,12 +12,10 @@ import onnx_ir as ir
 from torch import nn
 
 from qgraph.exporters.lowering.graph import Lowered, WeightRecord
-from qgraph.exporters.report import ExportReport, LayerReport, Leftover
+from qgraph.exporters.report import PARTS, ExportReport, LayerReport, Leftover
 from qgraph.exporters.verify import Verified
 from qgraph.modules import Collected, Quantizer, Sparsifier
 from qgraph.ops import Groups
-
-PACKED = (".packed", ".mask", ".scale", ".zero_point", ".rows")
 
 
 def assemble(
@@ -137,7 +135,7 @@ def _activation_layers(lowered: Lowered, collected: Collected) -> list[LayerRepo
 
 
 def _leftovers(model: nn.Module, file: ir.Model, lowered: Lowered, own: set[str]) -> tuple[Leftover, ...]:
-    stored = {f"{site}{ending}" for site in lowered.weights for ending in PACKED}
+    stored = {f"{site}.{part}" for site in lowered.weights for part in PARTS}
     reasons = _reasons(model)
     found = []
     for name, value in file.graph.initializers.items():

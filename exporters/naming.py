@@ -9,9 +9,13 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Iterable
+import string
+from collections.abc import Collection, Container, Iterable, Iterator
+from functools import cache
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 
@@ -34,10 +38,8 @@ def rename(graph: ir.Graph) -> None:
     annotations.
     """
     taken: set[str] = set()
-    for node in graph:
-        scopes = _scopes(node)
-        base = f"{scopes[-1]}/{node.op_type}" if scopes else node.op_type
-        node.name = _unique(base, taken)
+    for node, path in list(_paths(graph)):
+        node.name = _unique(f"{path}/{node.op_type}" if path else node.op_type, taken)
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
@@ -52,22 +54,42 @@ def rename(graph: ir.Graph) -> None:
     graph.metadata_props.clear()
 
 
-def shorten(graph: ir.Graph) -> None:
-    """Intermediate values get short names and no shapes (any runtime infers them): in a small file they are
-    most of the bytes.
+def shorten(graph: ir.Graph, named: Collection[str]) -> None:
+    """Intermediate values and constants get the shortest names, the most used first, and no shapes (any runtime
+    infers them): in a small file they are most of the bytes. Parameters and what holds them keep theirs: names that
+    are `named`, or of several parts.
     """
-    kept = {id(value) for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
-    taken = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
-    numbers = (str(number) for number in itertools.count())
-    for value in list(graph.initializers.values()):
+    kept = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    values = [value for node in graph for value in node.outputs]
+    for value in graph.initializers.values():
         value.shape = value.type = None  # the tensor says both
-        if (value.name or "").startswith(SHARED):
-            value.name = f"{SHARED}{next(numbers)}"
+        name = value.name or ""
+        if name.startswith(SHARED) or not ("." in name or name in named):
+            values.append(value)
+        else:
+            kept.add(id(value))
+    values = [value for value in values if id(value) not in kept]
+    inside = {name for node in graph for name in _names_inside(node)}
+    taken = inside | {v.name for v in (*graph.inputs, *graph.outputs, *graph.initializers.values()) if id(v) in kept}
+    names = (name for name in identifiers() if name not in taken)
+    for i, value in enumerate(values):
+        value.name = f"{SHARED}{i}"  # out of the way
+    for value in sorted(values, key=lambda value: -len(value.uses())):
+        value.name, value.shape = next(names), None
+        if value.const_value is None:
+            value.type = None
+
+
+def drop_defaults(graph: ir.Graph) -> None:
+    """Take out attributes that say what the operator's definition says anyway."""
     for node in graph:
-        for value in node.outputs:
-            if id(value) not in kept:
-                value.shape = value.type = None
-                value.name = next(name for name in numbers if name not in taken)
+        for name, default in _defaults(node.op_type, node.domain, graph.opset_imports.get(node.domain, 1)).items():
+            if name in node.attributes and node.attributes[name].value == default:
+                del node.attributes[name]
+        if node.op_type == "Transpose" and "perm" in node.attributes:
+            order = list(node.attributes["perm"].as_ints())
+            if order == sorted(order, reverse=True):
+                del node.attributes["perm"]
 
 
 def restore_parameters(graph: ir.Graph, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -127,6 +149,19 @@ def thin_names(nodes: Iterable[ir.Node]) -> None:
             node.name = None
 
 
+def module_names(graph: ir.Graph, modules: Container[str]) -> None:
+    """Of the nodes of one module, those of its weights included, only the last keeps a name: the module's path."""
+    last: dict[str, ir.Node] = {}
+    for node in graph:
+        path = stem(node.name or "")
+        while path and path not in modules:
+            path = path.rpartition(".")[0]
+        node.name = None
+        last[path] = node
+    for path, node in last.items():
+        node.name = path or None
+
+
 def stem(name: str) -> str:
     """``fc.weight.unpack`` of ``fc.weight.unpack_3``, ``fc.input`` of ``fc.input/Round``."""
     return name.rpartition("/")[0] or re.sub(r"_\d+$", "", name)
@@ -170,6 +205,51 @@ def _scopes(node: ir.Node) -> list[str]:
     except (SyntaxError, ValueError):
         return []
     return [scope[len(PREFIX) :] for scope in scopes if scope.startswith(PREFIX)]
+
+
+@cache
+def _defaults(op_type: str, domain: str, opset: int) -> dict[str, Any]:
+    if not onnx.defs.has(op_type, domain):
+        return {}
+    attributes = onnx.defs.get_schema(op_type, opset, domain).attributes
+    known = {name: attribute.default_value for name, attribute in attributes.items()}
+    return {name: onnx.helper.get_attribute_value(value) for name, value in known.items() if value.name}
+
+
+def _names_inside(node: ir.Node) -> Iterator[str]:
+    """Names in the bodies of loops and branches, which see those of the graph around them."""
+    for attribute in node.attributes.values():
+        graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
+        for graph in graphs:
+            yield from (value.name or "" for value in (*graph.inputs, *graph.initializers.values()))
+            for inner in graph:
+                yield from (value.name or "" for value in inner.outputs)
+                yield from _names_inside(inner)
+
+
+def identifiers() -> Iterator[str]:
+    """a, b, .., 9, aa, ab, .."""
+    for length in itertools.count(1):
+        yield from map("".join, itertools.product(string.ascii_letters + string.digits, repeat=length))
+
+
+def _paths(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
+    """Each node with the path of its module; where the tracer lost it, of the one around the nodes before and after."""
+    nodes = list(graph)
+    paths = [scopes[-1] if (scopes := _scopes(node)) else None for node in nodes]
+    after: list[str] = []
+    for path in reversed(paths):
+        after.append(path if path is not None else (after[-1] if after else ""))
+    before = ""
+    for node, path, following in zip(nodes, paths, reversed(after), strict=True):
+        before = path if path is not None else _common(before, following)
+        yield node, before
+
+
+def _common(one: str, other: str) -> str:
+    """The innermost module that holds both, or is one of them."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return ".".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -20,8 +20,17 @@ from qgraph.errors import ExportError
 from qgraph.exporters.assemble import assemble, describe
 from qgraph.exporters.job import Job, Say, check_arguments, prepare_job, unwrapped
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
-from qgraph.exporters.naming import merge_reshapes, module_outputs, rename, restore_parameters, shorten, thin_names
-from qgraph.exporters.outline import outline, steps_of
+from qgraph.exporters.naming import (
+    drop_defaults,
+    merge_reshapes,
+    module_names,
+    module_outputs,
+    rename,
+    restore_parameters,
+    shorten,
+    thin_names,
+)
+from qgraph.exporters.outline import outline, owners
 from qgraph.exporters.report import ExportReport, metadata
 from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
 from qgraph.exporters.signature import run_eagerly
@@ -89,8 +98,8 @@ def export(
     return describe(built.report, file_bytes=size, verified=built.verified)
 
 
-# A file above these many bytes for each byte of content, and beside it, has its repeated nodes written once; not a
-# `standard` one, which holds operators of ONNX alone.
+# A file above these many bytes for each byte of content, and beside it, has fewer names, and its repeated nodes written
+# once; not a `standard` one, which holds operators of ONNX alone.
 NODE_SHARE, NODE_BYTES = 1.02, 16 * 1024
 
 
@@ -165,20 +174,26 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     report = _report(job, model, lowered, plan, notes, path, own)
     merge_reshapes(model.graph)
     remove_unused(model.graph)
-    steps = steps_of(lowered.nodes)
+    modules = {name: type(module).__name__ for name, module in job.model.named_modules()}
+    owned_by = owners(model.graph)
     thin_names(lowered.nodes)
-    shorten(model.graph)
+    drop_defaults(model.graph)
+    shorten(model.graph, own | {item.name for item in report.leftovers})
     _stamp(model, report)
     file = folder / path.name
     job.say("writing")
     save(model, file)
-    if job.target == "ort" and file.stat().st_size > NODE_SHARE * report.ideal_bytes + NODE_BYTES:
-        replaced = outline(model, steps)
-        layers = {path: replaced.get(id(value), value) for path, value in layers.items()}
-        for record in lowered.activations:
-            record.before = replaced.get(id(record.before), record.before)
-            record.after = replaced.get(id(record.after), record.after)
+
+    def too_large() -> bool:
+        return file.stat().st_size > NODE_SHARE * report.ideal_bytes + NODE_BYTES
+
+    if too_large():
+        module_names(model.graph, modules)
         save(model, file)
+    if job.target == "ort" and too_large():
+        outlined = ir.load(file)  # a copy: the comparison layer by layer needs the plain one
+        outline(outlined, owned_by, modules)
+        save(outlined, file)
     check(file)
     verified = _verify(job, plan, file, folder, model, lowered, layers) if verify else None
     return _Built(report, verified)

@@ -1,140 +1,196 @@
-"""Write steps that many layers repeat once, as model-local functions, where a file would else be mostly nodes.
+"""Write what modules do alike once, as model-local functions, where a file would else be mostly nodes.
 
-Every runtime of ONNX inlines such a function before anything else; onnxruntime's optimizer then sees the plain nodes.
-Some other runtimes want them inlined first (`onnx.inliner`), so files that are small enough without stay plain.
+A stack of equal blocks becomes one function, called with the weights of each; so do quantizers inside it. Every runtime
+of ONNX inlines such functions before anything else; onnxruntime's optimizer then sees the plain nodes. Some other
+runtimes want them inlined first (`onnx.inliner`), so files that are small enough without stay plain.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 
-from qgraph.exporters.naming import stem
+from qgraph.exporters.naming import SHARED, identifiers, stem
 
-DOMAIN = "qgraph"
-REPEATS = 2  # a function that is called once saves nothing
-SHORTEST = 4  # nodes; a call takes about the bytes of two
+DOMAIN = "model"
+SHORTEST = 4  # nodes
+NODE, CALL, INPUT, FUNCTION = 22, 40, 4, 80  # bytes, about
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """The nodes of one step, in order, what they take from outside and what others take from them."""
+    """The nodes of one module or step, in order, what they take from outside and what others take from them."""
 
-    name: str
+    path: str
+    graph: ir.Graph
     nodes: list[ir.Node]
     inputs: list[ir.Value]
     outputs: list[ir.Value]
     pattern: Any
 
 
-def steps_of(nodes: Iterable[ir.Node]) -> dict[str, list[ir.Node]]:
-    """The nodes that were added for weights and activations, by the name of their step."""
-    found: dict[str, list[ir.Node]] = {}
-    for node in nodes:
-        if node.graph is not None and node.name:
-            found.setdefault(stem(node.name), []).append(node)
-    return found
+def owners(graph: ir.Graph) -> list[str]:
+    """For each node, in order, the path of the module or step that it works for, as its name says; "" if none."""
+    names = [node.name or "" for node in graph]
+    return [stem(name) if "/" in name or "." in name else "" for name in names]
 
 
-def outline(model: ir.Model, steps: Mapping[str, list[ir.Node]]) -> dict[int, ir.Value]:
-    """Replace groups of nodes that do the same by calls of one function.
+def outline(model: ir.Model, owned_by: Sequence[str], modules: Mapping[str, str]) -> None:
+    """Replace what modules do alike by calls of one function, in place, as long as that saves bytes.
 
     Parameters
     ----------
     model : ir.Model
-        Changed in place.
-    steps : mapping
-        See `steps_of`.
-
-    Returns
-    -------
-    dict
-        id of each value that a call now computes -> its new value.
+    owned_by : sequence of str
+        See `owners`; for the nodes of the model in their order.
+    modules : mapping
+        Path -> name of the class, which the function is called by.
     """
+    graphs = [model.graph]
+    owner = dict(zip(model.graph, owned_by, strict=True))
+    model.graph.extend(_hoisted(owner))  # moves them: the order is now this one
+    names: set[str] = set()
+    while True:
+        chunks = max(_alike(graphs, owner), key=_saved, default=[])
+        if _saved(chunks) <= 0:
+            break
+        path = chunks[0].path
+        name = _fresh(modules.get(path, path.rpartition(".")[2].capitalize()), names)
+        body, copies = _body(chunks[0], name, model.graph.opset_imports)
+        owner |= {copy: owner[node] for node, copy in copies.items()}
+        graphs.append(body)
+        for chunk in chunks:  # read again: what it takes may be what the call before now computes
+            call = _call(_chunk(chunk.path, chunk.graph, chunk.nodes), name)
+            owner[call] = chunk.path
+    for body in graphs[1:]:
+        _shorten(body)
+        if any(node.domain == DOMAIN for node in body):
+            body.opset_imports[DOMAIN] = 1
+        function = ir.Function(DOMAIN, body.name or "", graph=body, attributes=())
+        model.functions[function.identifier()] = function
+        model.graph.opset_imports[DOMAIN] = 1
+
+
+def _hoisted(owner: dict[ir.Node, str]) -> list[ir.Node]:
+    """What several modules may use goes first: tables, and sizes computed from the shapes of the inputs.
+
+    Else it stood inside the first module that uses it, which would then differ from the others.
+    """
+    shared: dict[ir.Node, None] = {}
+    known: set[ir.Value] = set()
+    for node, path in owner.items():
+        inputs = [value for value in node.inputs if value is not None]
+        computable = all(value in known or value.producer() is None for value in inputs)
+        sizes = node.op_type == "Shape" or any(value in known for value in inputs)
+        if computable and (sizes or path.startswith(SHARED)):
+            known.update(node.outputs)
+            shared[node] = None
+            owner[node] = ""
+    return [*shared, *(node for node in owner if node not in shared)]
+
+
+def _alike(graphs: Sequence[ir.Graph], owner: Mapping[ir.Node, str]) -> Iterator[list[_Chunk]]:
+    """Chunks of one pattern, in any of the graphs, none in another; several at least."""
     groups: dict[Any, list[_Chunk]] = {}
-    order = {node: i for i, node in enumerate(model.graph)}
-    for name, members in steps.items():
-        chunk = _chunk(name, sorted(members, key=order.__getitem__))
-        if len(chunk.nodes) >= SHORTEST:
+    for graph in graphs:
+        for path, nodes in _runs(graph, owner):
+            chunk = _chunk(path, graph, nodes)
             groups.setdefault(chunk.pattern, []).append(chunk)
-    replaced: dict[int, ir.Value] = {}
-    numbers = itertools.count()
     for chunks in groups.values():
-        if len(chunks) >= REPEATS:
-            # Read again: what a chunk takes may be what an earlier call now computes.
-            function = _function(
-                _chunk(chunks[0].name, chunks[0].nodes), f"Step{next(numbers)}", model.graph.opset_imports
-            )
-            model.functions[function.identifier()] = function
-            model.graph.opset_imports[DOMAIN] = 1
-            for chunk in chunks:
-                _call(_chunk(chunk.name, chunk.nodes), function, model.graph, replaced)
-    model.graph.sort()
-    return replaced
+        taken: set[ir.Node] = set()
+        free = []
+        for chunk in chunks:
+            if taken.isdisjoint(chunk.nodes):
+                free.append(chunk)
+                taken.update(chunk.nodes)
+        if len(free) > 1:
+            yield free
 
 
-def _chunk(name: str, nodes: list[ir.Node]) -> _Chunk:
-    inside = {id(value): (i, k) for i, node in enumerate(nodes) for k, value in enumerate(node.outputs)}
-    members = {id(node) for node in nodes}
-    inputs: list[ir.Value] = []
-    places: dict[int, int] = {}
+def _saved(chunks: Sequence[_Chunk]) -> int:
+    """Bytes that a function would save, about."""
+    if not chunks:
+        return 0
+    nodes, inputs = len(chunks[0].nodes), len(chunks[0].inputs)
+    return (len(chunks) - 1) * NODE * nodes - len(chunks) * (CALL + INPUT * inputs) - FUNCTION
+
+
+def _runs(graph: ir.Graph, owner: Mapping[ir.Node, str]) -> Iterator[tuple[str, list[ir.Node]]]:
+    """Modules and steps whose nodes, and those of their children, stand in one run; modules before their steps."""
+    nodes = list(graph)
+    places: dict[str, list[int]] = {}
+    for i, node in enumerate(nodes):
+        path = owner[node]
+        while path:
+            places.setdefault(path, []).append(i)
+            path = path.rpartition(".")[0]
+    for path, found in sorted(places.items(), key=lambda item: len(item[0])):
+        if SHORTEST <= len(found) == found[-1] - found[0] + 1 < len(nodes):
+            yield path, nodes[found[0] : found[-1] + 1]
+
+
+def _chunk(path: str, graph: ir.Graph, nodes: list[ir.Node]) -> _Chunk:
+    inside = {value: (i, k) for i, node in enumerate(nodes) for k, value in enumerate(node.outputs)}
+    members = set(nodes)
+    inputs: dict[ir.Value, int] = {}
     steps = []
     for node in nodes:
-        references: list[Any] = []
-        for value in node.inputs:
-            if value is None or id(value) in inside:
-                references.append(None if value is None else inside[id(value)])
-                continue
-            if id(value) not in places:
-                places[id(value)] = len(inputs)
-                inputs.append(value)
-            references.append(places[id(value)])
+        references = [
+            None if value is None else inside[value] if value in inside else inputs.setdefault(value, len(inputs))
+            for value in node.inputs
+        ]
         attributes = tuple(sorted((key, str(attribute.value)) for key, attribute in node.attributes.items()))
         steps.append((node.domain, node.op_type, attributes, tuple(references), len(node.outputs)))
     outputs = [
-        value
-        for node in nodes
-        for value in node.outputs
-        if value.is_graph_output() or any(id(use.node) not in members for use in value.uses())
+        value for value in inside if value.is_graph_output() or any(use.node not in members for use in value.uses())
     ]
-    pattern = (tuple(steps), tuple(inside[id(value)] for value in outputs))
-    return _Chunk(name, nodes, inputs, outputs, pattern)
+    pattern = (tuple(steps), tuple(inside[value] for value in outputs))
+    return _Chunk(path, graph, nodes, list(inputs), outputs, pattern)
 
 
-def _function(chunk: _Chunk, name: str, opsets: Mapping[str, int]) -> ir.Function:
-    names = (f"v{i}" for i in itertools.count())
-    new = {id(value): ir.Value(name=next(names)) for value in chunk.inputs}
-    inputs = list(new.values())
-    copies = []
+def _body(chunk: _Chunk, name: str, opsets: Mapping[str, int]) -> tuple[ir.Graph, dict[ir.Node, ir.Node]]:
+    """A copy of the chunk as a graph of its own, and node -> its copy."""
+    new: dict[ir.Value | None, ir.Value | None] = {value: ir.Value() for value in chunk.inputs} | {None: None}
+    copies: dict[ir.Node, ir.Node] = {}
     for node in chunk.nodes:
-        copy = ir.Node(
-            node.domain,
-            node.op_type,
-            [None if value is None else new[id(value)] for value in node.inputs],
-            node.attributes.values(),
-            num_outputs=len(node.outputs),
-        )
-        for old, value in zip(node.outputs, copy.outputs, strict=True):
-            value.name = next(names)
-            new[id(old)] = value
-        copies.append(copy)
-    used = {domain: opsets[domain] for domain in {node.domain for node in chunk.nodes}}
-    outputs = [new[id(value)] for value in chunk.outputs]
-    return ir.Function(
-        DOMAIN, name, graph=ir.Graph(inputs, outputs, nodes=copies, opset_imports=used, name=name), attributes=()
-    )
+        inputs = [new[value] for value in node.inputs]
+        copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
+        new.update(zip(node.outputs, copy.outputs, strict=True))
+        copies[node] = copy
+    used = {domain: opsets[domain] for domain in {node.domain for node in chunk.nodes} if domain != DOMAIN}
+    inputs, outputs = ([new[value] for value in values] for values in (chunk.inputs, chunk.outputs))
+    return ir.Graph(inputs, outputs, nodes=list(copies.values()), opset_imports=used, name=name), copies
 
 
-def _call(chunk: _Chunk, function: ir.Function, graph: ir.Graph, replaced: dict[int, ir.Value]) -> None:
-    call = ir.node(function.name, chunk.inputs, domain=DOMAIN, num_outputs=len(chunk.outputs), name=chunk.name)
-    graph.insert_after(chunk.nodes[-1], call)
+def _call(chunk: _Chunk, name: str) -> ir.Node:
+    """Put a call of the function in the place of the chunk."""
+    call = ir.Node(DOMAIN, name, chunk.inputs, num_outputs=len(chunk.outputs), name=chunk.path)
+    chunk.graph.insert_after(chunk.nodes[-1], call)
     for old, new in zip(chunk.outputs, call.outputs, strict=True):
-        new.name, new.shape, new.type = f"{old.name}", old.shape, old.type
-        old.name = f"{old.name}/inside"
+        new.shape, new.type = old.shape, old.type
+        kept, old.name = old.name, None
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        replaced[id(old)] = new
-    graph.remove(chunk.nodes, safe=True)
+        new.name = kept
+    chunk.graph.remove(chunk.nodes, safe=True)
+    return call
+
+
+def _shorten(body: ir.Graph) -> None:
+    """Values of a function are named a, b, ..; its nodes, which calls repeat under other names, have none."""
+    names = identifiers()
+    for value in (*body.inputs, *(value for node in body for value in node.outputs)):
+        value.name = next(names)
+    for node in body:
+        node.name = None
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    number, candidate = 1, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}{number}"
+    taken.add(candidate)
+    return candidate

@@ -23,6 +23,8 @@ LAYERS, CONFIG, VERSION, TARGET, BITS, DYNAMIC, LEFTOVERS = (
     f"qgraph.{key}" for key in ("layers", "config", "version", "target", "bits_per_weight", "dynamic", "leftovers")
 )
 
+PARTS = ("packed", "mask", "scale", "zero_point")  # initializers of one weight, `<site>.<part>`
+
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
@@ -172,26 +174,24 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
             specs.append(data)
         return specs.index(data)
 
-    layers = []
-    for layer in report.layers:
-        row = {
-            "path": layer.path,
+    kinds: list[dict[str, Any]] = []
+    rows = []
+    for layer in report.layers:  # what layers have in common is said once: in a small file the metadata counts
+        kind = {
             "operand": layer.operand,
             "op": layer.op,
-            "shape": layer.shape,
             "weight": index(layer.spec),
             "activation": index(layer.activation),
             "groups": layer.groups,
             "format": layer.format,
-            "bytes": layer.bytes,
             "form": layer.form,
             "sparsity": layer.sparsity,
             "shared_with": layer.shared_with,
         }
-        layers.append(row)
-    # A table, each column named once: in a small file the metadata counts.
-    columns = [key for key in (layers[0] if layers else ()) if any(row[key] not in (None, "", ()) for row in layers)]
-    rows = [[row[key] for key in columns] for row in layers]
+        kind = {key: value for key, value in kind.items() if value not in (None, "")}
+        if kind not in kinds:
+            kinds.append(kind)
+        rows.append([layer.path, kinds.index(kind), *layer.shape])
     leftovers: dict[str, list[str]] = {}
     for item in report.leftovers:
         leftovers.setdefault(item.reason, []).append(item.name)
@@ -202,7 +202,7 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
         TARGET: report.target,
         BITS: f"{report.bits_per_weight:.4f}",
         DYNAMIC: json.dumps(report.dynamic, **compact),
-        LAYERS: json.dumps({"specs": specs, "columns": columns, "layers": rows}, **compact),
+        LAYERS: json.dumps({"specs": specs, "kinds": kinds, "layers": rows}, **compact),
         LEFTOVERS: json.dumps(leftovers, **compact),
     }
 
@@ -233,7 +233,9 @@ def read_report(path: str | Path) -> ExportReport:
     leftovers = tuple(
         Leftover(name, sizes.get(name, 0), why) for why, names in json.loads(found[LEFTOVERS]).items() for name in names
     )
-    layers = tuple(_layer(dict(zip(content["columns"], row, strict=True)), specs) for row in content["layers"])
+    layers = tuple(
+        _layer(path, shape, content["kinds"][kind], specs, sizes) for path, kind, *shape in content["layers"]
+    )
     data = path.with_name(f"{path.name}.data")
     return ExportReport(
         path=str(path),
@@ -250,23 +252,26 @@ def read_report(path: str | Path) -> ExportReport:
     )
 
 
-def _layer(row: Mapping[str, Any], specs: Sequence[QuantSpec]) -> LayerReport:
+def _layer(
+    path: str, shape: list[int], kind: Mapping[str, Any], specs: Sequence[QuantSpec], sizes: Mapping[str, int]
+) -> LayerReport:
     def spec(key: str) -> QuantSpec | None:
-        return None if row.get(key) is None else specs[row[key]]
+        return None if key not in kind else specs[kind[key]]
 
+    site = f"{path}.{kind['operand']}" if path else kind["operand"]
     return LayerReport(
-        path=row.get("path", ""),
-        operand=row.get("operand", ""),
-        op=row.get("op", ""),
-        shape=tuple(row.get("shape", ())),
+        path=path,
+        operand=kind["operand"],
+        op=kind.get("op", ""),
+        shape=tuple(shape),
         spec=spec("weight"),
-        groups=row.get("groups", ""),
-        format=row.get("format", ""),
-        bytes=row.get("bytes", 0),
-        form=row.get("form", ""),
+        groups=kind.get("groups", ""),
+        format=kind.get("format", ""),
+        bytes=sum(sizes.get(f"{site}.{part}", 0) for part in PARTS),
+        form=kind.get("form", ""),
         activation=spec("activation"),
-        sparsity=row.get("sparsity"),
-        shared_with=row.get("shared_with"),
+        sparsity=kind.get("sparsity"),
+        shared_with=kind.get("shared_with"),
     )
 
 

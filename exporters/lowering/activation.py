@@ -63,9 +63,8 @@ def lower_activation(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: s
 def ddt_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
     """`mean x + a (q - mean q)`, a being the ridge regression of x on q."""
     q, _, _ = _affine_codes(m, x, spec)
-    mean = m.mean(x)
-    qc = m.sub(q, m.mean(q))
-    return m.add(mean, m.mul(qc, _slope(m, m.sub(x, mean), qc, spec)))
+    qc = m.sub(q, m.mean(q))  # its mean is 0, so x need not be centred
+    return m.add(m.mean(x), m.mul(qc, _slope(m, x, qc, spec)))
 
 
 def ddt_linear(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
@@ -132,7 +131,7 @@ def _linear_round(m: GroupMath, f: ir.Value, spec: QuantSpec) -> ir.Value:
 
 
 def _slope(m: GroupMath, x: ir.Value, q: ir.Value, spec: QuantSpec) -> ir.Value:
-    """`mean(x q) / (mean(q q) + lam)` of centred values."""
+    """`mean(x q) / (mean(q q) + lam)`; for affine codes q is centred."""
     ridge = m.add(m.mean(m.mul(q, q)), m.scalar(spec.lam))
     if spec.lam == 0:
         ridge = m.where(m.op("Equal", ridge, m.scalar(0)), m.scalar(1), ridge)

@@ -5,7 +5,7 @@ It knows nothing of quantization. Lowerings and packed-weight decoders write the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,7 @@ class GraphBuilder:
         self.nodes: list[ir.Node] = []  # what this builder added, in order
         self._anchor: ir.Node | None = None
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._made: dict[Hashable, ir.Value] = {}
         self._names = _names_of(graph)
 
     @property
@@ -93,6 +94,12 @@ class GraphBuilder:
         if key not in self._constants:
             self._constants[key] = self.initializer(self.unique(f"qgraph.{hint}"), array)
         return self._constants[key]
+
+    def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
+        """What `make` computed the first time it was asked for under `key`."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def ints(self, values: Sequence[int]) -> ir.Value:
         """A shared int64 vector (axes, shapes, slice bounds)."""

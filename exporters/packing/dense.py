@@ -43,6 +43,11 @@ class Bits:
         """`bits1` .. `bits8`."""
         return f"bits{self.bits}"
 
+    @property
+    def one_lookup(self) -> bool:
+        """Whether there is one plane."""
+        return len(PLANES[self.bits]) == 1
+
     def size(self, count: int) -> int:
         """Bytes a row of `count` levels takes."""
         return sum(_plane_size(width, count) for width in PLANES[self.bits])
@@ -141,6 +146,7 @@ class Floats:
     name: str = "float"
     offset: int = 0
     step: int = 1
+    one_lookup: bool = True
 
     def size(self, count: int) -> int:
         """Bytes a row of `count` values takes."""

@@ -16,6 +16,7 @@ from .packed import PackedWeight
 from .streams import Target
 
 FLOAT = ir.DataType.FLOAT
+FLOAT32 = Target(np.dtype(np.float32))
 
 
 def emit_codes(b: GraphBuilder, p: PackedWeight, name: str, dtype: ir.DataType = FLOAT, add: int = 0) -> ir.Value:
@@ -52,7 +53,8 @@ def emit_float(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
     node = f"{name}.unpack"
     if p.spec is None:
         return to_shape(b, p, emit_rows(b, p, name, Target(np.dtype(np.float32))), name)
-    levels = emit_rows(b, p, name, natural(p))
+    target = FLOAT32 if p.stream.one_lookup else natural(p)
+    levels = emit_rows(b, p, name, target)
     rows, columns = p.rows
     count, size = group_runs(p)
     blocks = count > 1 and columns % size == 0
@@ -60,7 +62,7 @@ def emit_float(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
         levels = b.reshape(levels, [rows, count, size], name=node)
     elif count == 1:
         levels = to_shape(b, p, levels, name)
-    value = b.cast(levels, FLOAT, name=node)
+    value = levels if target is FLOAT32 else b.cast(levels, FLOAT, name=node)
 
     def laid_out(parameter: ir.Value) -> ir.Value:
         if blocks:

@@ -126,8 +126,7 @@ class NMMask:
             table = b.op("Concat", table, {"axis": 0}, name=name)
             spread = b.op("Gather", [table, index], {"axis": 0}, name=name)
         else:
-            (ranks,) = self._emit_patterns(b, data, groups, [_rank_table(self.n, self.m)], name)
-            ranks = b.cast(ranks, ir.DataType.INT32, name=name)
+            (ranks,) = self._emit_patterns(b, data, groups, [_rank_table(self.n, self.m).astype(np.int32)], name)
             values = b.reshape(kept, [-1, self.n], name=name)
             fill = b.constant(zero.reshape(()), "zero")  # becomes column 0, which a rank of 0 reads
             values = b.op("Pad", [values, b.ints([0, 1, 0, 0]), fill], name=name)

@@ -14,6 +14,8 @@ import onnx_ir as ir
 
 from qgraph.exporters.lowering.builder import GraphBuilder
 
+from .tables import table
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -47,6 +49,10 @@ class Stream(Protocol):
     def step(self) -> int:
         """level = step * stored code + offset."""
 
+    @property
+    def one_lookup(self) -> bool:
+        """Whether levels come out of one table, which may then as well hold floats."""
+
     def size(self, count: int) -> int:
         """Bytes a row of `count` levels takes."""
 
@@ -70,11 +76,11 @@ def padded(array: np.ndarray, multiple: int, axis: int = -1, value: int = 0) -> 
     return np.pad(array, widths, constant_values=value)
 
 
-def lookup(b: GraphBuilder, table: np.ndarray, index: ir.Value, name: str, *, cast: bool = True) -> ir.Value:
-    """`table[index]` along axis 0; the table is shared between layers, the index made int32."""
+def lookup(b: GraphBuilder, rows: np.ndarray, index: ir.Value, name: str, *, cast: bool = True) -> ir.Value:
+    """`rows[index]` along axis 0; the table is shared between layers, the index made int32."""
     if cast:
         index = b.cast(index, ir.DataType.INT32, name=name)
-    return b.op("Gather", [b.constant(table, "lut"), index], {"axis": 0}, name=name)
+    return b.op("Gather", [table(b, rows), index], {"axis": 0}, name=name)
 
 
 def flatten_rows(b: GraphBuilder, value: ir.Value, length: int, name: str) -> ir.Value:

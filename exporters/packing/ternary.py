@@ -30,6 +30,7 @@ class Ternary:
     name: str = "ternary"
     offset: int = -1
     step: int = 1
+    one_lookup: bool = True
 
     def size(self, count: int) -> int:
         """Bytes a row of `count` levels takes."""

@@ -1,4 +1,4 @@
-"""Repeated steps as functions: only where a file would else be mostly nodes, and then it computes the same."""
+"""Repeated modules as functions: only where a file would else be mostly nodes, and then it computes the same."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import qgraph
+from tests.models import GPT
 
 
 def stack(layers: int) -> nn.Module:
@@ -20,13 +21,14 @@ def stack(layers: int) -> nn.Module:
 @pytest.mark.parametrize("config", ["A4W1", "A4W1-2:4", "W3"])
 def test_many_small_layers_are_written_as_calls_and_run_as_before(config, tmp_path, monkeypatch):
     x = torch.randn(3, 72)
-    prepared = qgraph.prepare(stack(16), config, x).eval()
+    prepared = qgraph.prepare(stack(32), config, x).eval()
     path, plain = tmp_path / "calls.onnx", tmp_path / "plain.onnx"
     report = qgraph.export(prepared, path, (x,), progress=False)
     monkeypatch.setattr("qgraph.exporters.onnx.NODE_BYTES", 10**9)
     qgraph.export(prepared, plain, (x,), progress=False)
     model = onnx.load(path)
-    assert len(model.functions) >= 1 and not onnx.load(plain).functions
+    assert model.functions and not onnx.load(plain).functions
+    assert {f"{i}" for i in range(0, 64, 2)} <= {node.name for node in model.graph.node}
     assert path.stat().st_size < plain.stat().st_size
     assert report.max_difference < 1e-5
     onnx.checker.check_model(model)
@@ -44,3 +46,27 @@ def test_a_standard_file_stays_plain(tmp_path):
     qgraph.export(prepared, path, (x,), target="standard", progress=False)
     model = onnx.load(path)
     assert not model.functions and {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+
+
+@pytest.mark.parametrize("target", ["ort", "standard"])
+@pytest.mark.parametrize("config", ["W1", "W1.58", "W3", "W1-2:4", "W4-70%", "A4W1", "A8W4@128", "A4W1-2:4"])
+def test_a_file_is_its_content_and_sixteen_kilobytes(config, target, tmp_path):
+    x = torch.randint(0, 65, (2, 16))
+    torch.manual_seed(0)
+    prepared = qgraph.prepare(GPT(65, 128, 2), config, x).eval()
+    report = qgraph.export(prepared, tmp_path / "gpt.onnx", (x,), target=target, verify=False, progress=False)
+    assert report.file_bytes <= 1.02 * report.ideal_bytes + 16 * 1024
+
+
+def test_equal_blocks_are_one_function_and_so_is_a_quantizer_inside_it(tmp_path):
+    x = torch.randint(0, 65, (2, 16))
+    torch.manual_seed(0)
+    prepared = qgraph.prepare(GPT(65, 128, 4), "A4W1-2:4", x).eval()
+    report = qgraph.export(prepared, tmp_path / "gpt.onnx", (x,), progress=False)
+    assert report.max_difference < 1e-4 and len(report.verified) == 4
+    assert report.file_bytes <= 1.02 * report.ideal_bytes + 16 * 1024
+    model = onnx.load(tmp_path / "gpt.onnx")
+    called = {node.op_type for node in model.graph.node if node.name.startswith("blocks.")}
+    inside = {node.op_type for function in model.functions for node in function.node if node.domain == "model"}
+    assert {f"blocks.{i}" for i in range(4)} <= {node.name for node in model.graph.node}
+    assert called & {function.name for function in model.functions} and inside
