@@ -81,7 +81,6 @@ def everything(rank: int, folder: Path, config: Any) -> dict[str, Any]:
     single, double = torch.float32, torch.float64
     return {
         "replicated": replicated(config, rank, single),
-        "replicated, float64": replicated(config, rank, double),
         "sharded": sharded(config, rank, single),
         "sharded, float64": sharded(config, rank, double),
         "sharded, mixed": sharded(config, rank, single, mixed=True),

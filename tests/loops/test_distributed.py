@@ -15,8 +15,7 @@ from tests.loops import processes, ranks
 from tests.models import GPT
 
 LEARNED = qgraph.QConfig(qgraph.QuantSpec(4, "linear", "tensor", method="lsq"), qgraph.QuantSpec(8, "linear", "token"))
-CONFIGS = {
-    "A8W4@8": "A8W4@8",
+SPLIT = {  # one scale a weight, so that no shard holds a group whole
     "tensor": qgraph.QConfig(qgraph.QuantSpec(4, "linear", "tensor"), qgraph.QuantSpec(8, "linear", "token")),
     "learned": LEARNED,
 }
@@ -33,7 +32,7 @@ def same(ours, theirs):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    config = CONFIGS["A8W4@8"]
+    config = "A8W4@8"
     both = processes.run("tests.loops.ranks:everything", tmp_path, config=config)
     for ways in zip(*(found.items() for found in both), strict=True):
         (way, first), (_, second) = ways
@@ -56,9 +55,9 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_quantizers_see_whole_weights_in_plain_tensors(tmp_path):
     shapes = {name: tuple(p.shape) for name, p in GPT().named_parameters() if p.dim() > 1}
-    for name, found in processes.run("tests.loops.ranks:split_groups", tmp_path, configs=CONFIGS)[0].items():
+    for name, found in processes.run("tests.loops.ranks:split_groups", tmp_path, configs=SPLIT)[0].items():
         assert found["seen"] == {site: (False, shapes[site]) for site in shapes}, name
-        halves = ranks.single(CONFIGS[name], torch.float32, parts=2)
+        halves = ranks.single(SPLIT[name], torch.float32, parts=2)
         assert same(found["gradients"], halves["gradients"]) and found["losses"] == halves["losses"], name
 
 
