@@ -313,8 +313,10 @@ def peak(name: str, which: str) -> float:
     if which == "prepared":
         qgraph.set_enabled(qgraph.prepare(model, CONFIG, (x,), inplace=True), False)
     step(model, x)
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    status = Path("/proc/self/status")  # a process counts the memory of the one that forked it in getrusage, not here
+    if status.exists():
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
 
 
 COLUMNS = (
