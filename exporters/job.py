@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qgraph.errors import ExportError
 from qgraph.exporters.signature import FlatInputs, FlatModel, flat_model, flatten_inputs, run_eagerly
 from qgraph.exporters.trace import DEFAULT_OPSET, MINIMUM_OPSET
+from qgraph.graph import STATE
 from qgraph.modules import Collected, Quantizer, Sparsifier, collecting
 
 TARGETS = ("standard", "ort")
@@ -36,6 +37,14 @@ class Job:
     say: Say
     notes: list[str]
     float_kernels: bool = True
+    python: bool = False  # whether the modules' own Python is traced, not their captured graphs
+
+    @property
+    def may_run_python(self) -> bool:
+        """Whether the modules' own Python computes what their graphs do: no pass of the user's has rewritten those."""
+        state = self.original.__dict__.get(STATE)
+        passes = () if state is None else state.shared.pipeline.passes
+        return all(type(rewriting).__module__.startswith("qgraph.passes") for rewriting in passes)
 
     @property
     def name(self) -> str:

@@ -34,7 +34,7 @@ from qgraph.exporters.outline import outline, owners
 from qgraph.exporters.report import ExportReport, metadata
 from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
 from qgraph.exporters.signature import run_eagerly
-from qgraph.exporters.trace import DEFAULT_OPSET, explain, is_data_dependent, trace
+from qgraph.exporters.trace import DEFAULT_OPSET, Traced, explain, is_data_dependent, trace
 from qgraph.exporters.verify import Example, Verified, Verifier, WrongFile, check
 from qgraph.exporters.write import move_into_place, save, workspace
 from qgraph.version import __version__
@@ -125,20 +125,27 @@ def _first_that_works(
 ) -> _Built:
     """Build with the first plan; go to a less dynamic one if tracing specialises a size, or the file is
     wrong at the second shape.
+
+    Where a captured graph holds for the example's sizes alone, the modules' own Python is traced.
     """
     for plan in plans:
-        may_retry = any(plan.dims) and not given
-        try:
-            return _build_exactly(job, plan, folder, path, verify)
-        except WrongFile as error:
-            if not (may_retry and error.shape_only):
-                raise
-            reason = "the file was wrong at another size"
-        except _TraceFailed as error:
-            if not may_retry or error.final:
-                raise error.explained from error.__cause__
-            reason = "torch.export made it a constant"
-        job.notes.append(f"not dynamic: {'; '.join(plan.describe(job.flat.inputs.names))} ({reason})")
+        found: tuple[ExportError, str] | None = None
+        final = False
+        for python in (False, True) if job.may_run_python else (False,):
+            job.python = python
+            try:
+                return _build_exactly(job, plan, folder, path, verify)
+            except WrongFile as error:
+                if not (error.shape_only or python):
+                    raise
+                found = found or (error, "the file was wrong at another size")
+            except _TraceFailed as error:
+                found = found or (error.explained, "torch.export made it a constant")
+                final = error.final
+        assert found is not None
+        if not any(plan.dims) or given or final:
+            raise found[0]
+        job.notes.append(f"not dynamic: {'; '.join(plan.describe(job.flat.inputs.names))} ({found[1]})")
     raise AssertionError("the last plan is static and either works or raises")
 
 
@@ -163,12 +170,15 @@ class _TraceFailed(Exception):
 
 
 def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -> _Built:
-    model, notes = _trace(job, plan)
-    layers = module_outputs(model.graph)
+    traced = _trace(job, plan)
+    model, notes = traced.model, traced.notes
+    layers = {path: y for path, y in module_outputs(model.graph).items() if y.dtype in (None, ir.DataType.FLOAT)}
     rename(model.graph)
     restore_parameters(model.graph, job.model.named_parameters(remove_duplicate=False))
     job.say("packing weights")
     lowered = lower(model, job.collected, job.target, layers, float_kernels=job.float_kernels)
+    if unused := [site for site in job.collected.weights if site not in lowered.weights]:
+        notes.append(f"not in the file, since no output depends on it: {', '.join(unused)}")
     parameters = dict(job.model.named_parameters(remove_duplicate=False))
     own = {*parameters, *dict(job.model.named_buffers(remove_duplicate=False))}
     report = _report(job, model, lowered, plan, notes, path, own)
@@ -195,7 +205,12 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
         outline(outlined, owned_by, modules)
         save(outlined, file)
     check(file)
-    verified = _verify(job, plan, file, folder, model, lowered, layers) if verify else None
+    try:
+        verified = _verify(job, plan, file, folder, model, lowered, layers) if verify else None
+    except WrongFile as error:
+        if traced.random:
+            raise _draws_at_random(job, traced.random) from error
+        raise
     return _Built(report, verified)
 
 
@@ -217,15 +232,37 @@ def _report(
     )
 
 
-def _trace(job: Job, plan: ShapePlan) -> tuple[ir.Model, list[str]]:
+def _trace(job: Job, plan: ShapePlan) -> Traced:
     job.say("tracing" + (f" with {'; '.join(plan.describe(job.flat.inputs.names))}" if any(plan.dims) else ""))
-    notes: list[str] = []
     try:
-        return trace(job.flat, tracing_example(plan, job.flat.inputs.tensors), plan, job.opset, notes), notes
+        traced = trace(job.flat, tracing_example(plan, job.flat.inputs.tensors), plan, job.opset, job.python)
     except ExportError:
         raise
     except Exception as error:
-        raise _TraceFailed(explain(error, job.name), is_data_dependent(error)) from error
+        explained = explain(error, job.name)
+        explained.__cause__ = error
+        raise _TraceFailed(explained, is_data_dependent(error)) from error
+    if lost := [site for site in (*job.collected.weights, *job.collected.activations) if site not in traced.sites]:
+        raise _TraceFailed(_lost_sites(job, lost), final=False)
+    if job.python:
+        traced.notes.append("traced as Python: the captured graphs hold for the example's sizes alone")
+    return traced
+
+
+def _draws_at_random(job: Job, lines: Sequence[str]) -> ExportError:
+    return ExportError(
+        f"export of {job.name}: {lines[0]} draws random numbers in eval, so the file cannot be compared with the "
+        "model; expected the same outputs for the same inputs; take the noise as an input, or pass verify=False to "
+        "write the file unchecked"
+    )
+
+
+def _lost_sites(job: Job, lost: Sequence[str]) -> ExportError:
+    return ExportError(
+        f"export of {job.name}: {len(lost)} quantized sites are not in the traced graph ({', '.join(lost[:3])}), "
+        "expected all that ran eagerly; the model takes another path under torch.export: make that branch independent "
+        "of it"
+    )
 
 
 def _stamp(model: ir.Model, report: ExportReport) -> None:
@@ -258,6 +295,7 @@ def _verify(
         job.collected.activations,
         {path: value for path, value in layers.items() if path in owners},
         job.say,
+        rounding_kernels=job.float_kernels and job.target == "ort",
     )
     return verifier.run(examples)
 

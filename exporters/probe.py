@@ -26,6 +26,9 @@ from qgraph.exporters.ties import explain
 from qgraph.modules import ActivationForm, ActivationQuantizer
 
 TOLERANCE = 1e-5
+# A sum of n float32 values is off by about sqrt(n) units in the last place (Higham and Mary, 2019, SIAM J. Sci. Comput.
+# 41(5), "A new approach to probabilistic rounding error analysis"); a quantizer's output stands on three such sums.
+SUMS, UNIT = 3, 2.0**-24
 STRETCH = 1e-4  # inside the model: sums that cancel lose digits there which no output shows
 
 
@@ -157,8 +160,13 @@ class _Quantizer:
         explained = explain(before, after, self._own(x, before), self.form)
         self.found.flips += explained.flips
         self.found.ties += explained.ties
-        self.found.note(self.site, explained.unexplained, "what this quantizer makes of its input", TOLERANCE)
+        allowed = max(TOLERANCE, SUMS * self._length(x) ** 0.5 * UNIT)
+        self.found.note(self.site, explained.unexplained, "what this quantizer makes of its input", allowed)
         return after.to(output.dtype)
+
+    def _length(self, x: Tensor) -> int:
+        """How many values share one scale."""
+        return max(piece.shape[-1] for piece in self.form.groups.pieces(x))
 
     def _own(self, x: Tensor, before: Tensor) -> Tensor:
         """torch's value to count flips against: that of its own run, up to the first flip that spread."""

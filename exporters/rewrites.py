@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -38,6 +39,24 @@ class Rewrites(TorchFunctionMode):
     def notes(self) -> list[str]:
         """One line for each function that was written out."""
         return [f"{name} was written out as {_line(self.table[name])}" for name in self.used]
+
+
+@contextlib.contextmanager
+def modules_as_they_are() -> Iterator[None]:
+    """While active, a module moved to where it is (``self.head.to(x.dtype)``) is left alone: its parameters are traced,
+    and torch can swap no traced ones.
+    """
+    original = nn.Module._apply
+
+    def apply(module: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        tensors = [*module.parameters(recurse), *module.buffers(recurse)]
+        return module if all(fn(tensor) is tensor for tensor in tensors) else original(module, fn, recurse)
+
+    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
 
 
 def attention(

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -24,10 +26,10 @@ from torch import Tensor, fx
 
 from qgraph.errors import ExportError
 from qgraph.exporters.lowering import recurrent
-from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites
+from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, modules_as_they_are
 from qgraph.exporters.shapes import ShapePlan
 from qgraph.exporters.signature import FlatModel
-from qgraph.exporters.where import chain, user_line
+from qgraph.exporters.where import chain, line_in, user_line
 from qgraph.modules import exporting
 
 DOMAIN = "qgraph"
@@ -49,7 +51,17 @@ CHATTY = (
 )
 
 
-def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, notes: list[str]) -> ir.Model:
+@dataclass(slots=True)
+class Traced:
+    """An ONNX graph in memory, the sites that it quantizes, what was changed for it, the lines that draw at random."""
+
+    model: ir.Model
+    sites: set[str]
+    notes: list[str]
+    random: list[str]
+
+
+def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, python: bool = False) -> Traced:
     """Export to an ONNX graph in memory.
 
     Parameters
@@ -61,8 +73,8 @@ def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: in
     plan : ShapePlan
         The dynamic dimensions.
     opset : int
-    notes : list of str
-        What was changed to make the export work is added here.
+    python : bool
+        Trace every module's own Python in place of its captured graph.
 
     Raises
     ------
@@ -70,19 +82,17 @@ def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: in
         The exporter's own error where it is none of ours: the caller decides whether to try fewer dynamic
         sizes.
     """
-    rewrites = Rewrites(ALWAYS)
     try:
-        model = _trace(flat, tensors, plan, opset, rewrites)
+        return _trace(flat, tensors, plan, opset, python, Rewrites(ALWAYS))
     except Exception as error:
         if not _attention_trouble(error):
             raise
-        rewrites = Rewrites({**ALWAYS, **ATTENTION})
-        model = _trace(flat, tensors, plan, opset, rewrites)
-    notes += rewrites.notes
-    return model
+    return _trace(flat, tensors, plan, opset, python, Rewrites({**ALWAYS, **ATTENTION}))
 
 
-def _trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, rewrites: Rewrites) -> ir.Model:
+def _trace(
+    flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, python: bool, rewrites: Rewrites
+) -> Traced:
     _register_schemas()
     named = plan.torch_dims()
     shapes = {
@@ -94,7 +104,7 @@ def _trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: i
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        with exporting(), recurrent.RecurrentAsOperator(), rewrites:
+        with exporting(python) as sites, recurrent.RecurrentAsOperator(), rewrites, modules_as_they_are():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         try:
             onnx_program = torch.onnx.export(
@@ -110,7 +120,19 @@ def _trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: i
         except Exception as error:
             raise Untranslated(_recorded_at(error)) from error
     assert onnx_program is not None
-    return onnx_program.model
+    return Traced(onnx_program.model, sites, rewrites.notes, _random_lines(program.graph))
+
+
+def _random_lines(graph: fx.Graph) -> list[str]:
+    """Where a graph draws random numbers."""
+    drawing = [
+        node
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+        and not re.search("dropout|attention", str(node.target))  # which draw in training alone
+    ]
+    return list(dict.fromkeys(line_in(node.meta.get("stack_trace", "")) or str(node.target) for node in drawing))
 
 
 class Untranslated(Exception):

@@ -19,10 +19,14 @@ def user_line(error: BaseException) -> str | None:
     """``file:line (in function)`` of the innermost frame in the user's code, else in the library that they use."""
     frames: list[_Frame] = []
     for exception in reversed(list(chain(error))):
-        recorded = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', str(exception))
-        frames += [(filename, int(line), function) for filename, line, function in reversed(recorded)]
+        frames += _frames_in(str(exception))
         frames += reversed([(f.filename, f.lineno, f.name) for f in traceback.extract_tb(exception.__traceback__)])
     return _innermost(frames)
+
+
+def line_in(stack_trace: str) -> str | None:
+    """The same for a stack trace as text."""
+    return _innermost(_frames_in(stack_trace))
 
 
 def calling_line(entry: str) -> str | None:
@@ -39,6 +43,11 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _frames_in(text: str) -> list[_Frame]:
+    recorded = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
+    return [(filename, int(line), function) for filename, line, function in reversed(recorded)]
 
 
 def _innermost(frames: Iterable[_Frame]) -> str | None:

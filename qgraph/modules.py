@@ -64,6 +64,8 @@ class _Run:
     def __init__(self) -> None:
         self.collected: Collected | None = None
         self.exporting = False
+        self.python = False
+        self.emitted: set[str] = set()
 
 
 _run = _Run()
@@ -80,13 +82,30 @@ def collecting() -> Iterator[Collected]:
 
 
 @contextlib.contextmanager
-def exporting() -> Iterator[None]:
-    """Make each quantizer emit one stand-in operator, `qgraph::weight` or `qgraph::activation`."""
-    previous, _run.exporting = _run.exporting, True
+def exporting(python: bool = False) -> Iterator[set[str]]:
+    """Make each quantizer emit one stand-in operator, `qgraph::weight` or `qgraph::activation`.
+
+    Parameters
+    ----------
+    python : bool
+        Run every module's own Python, with the same quantizers, where else its captured graph runs.
+
+    Yields
+    ------
+    set of str
+        The sites that have emitted theirs.
+    """
+    previous = _run.exporting, _run.python, _run.emitted
+    _run.exporting, _run.python, _run.emitted = True, python, set()
     try:
-        yield
+        yield _run.emitted
     finally:
-        _run.exporting = previous
+        _run.exporting, _run.python, _run.emitted = previous
+
+
+def exports_python() -> bool:
+    """Whether an export traces the modules' own Python now (`exporting`)."""
+    return _run.python
 
 
 _enabled = operator.attrgetter("enabled")
@@ -143,6 +162,7 @@ class WeightQuantizer(Quantizer):
         if not self.enabled:
             return weight
         if _run.exporting:
+            _run.emitted.add(self.site)
             return torch.ops.qgraph.weight(weight if dense is None else dense, self.site)
         if _run.collected is not None:
             _run.collected.weights[self.site] = quantize(
@@ -171,6 +191,7 @@ class ActivationQuantizer(Quantizer):
         if not self.enabled or not x.is_floating_point():
             return x
         if _run.exporting:
+            _run.emitted.add(self.site)
             return torch.ops.qgraph.activation(x, self.site)
         if self.step is not None and not torch.compiler.is_compiling() and not bool(self.step.any()):
             self.initialize_step(x)

@@ -23,6 +23,7 @@ from qgraph.capture.source import raised_at
 from qgraph.capture.state import ModuleState
 from qgraph.capture.variants import MAX_VARIANTS, Call, Variant, shapes
 from qgraph.graph import STATE, quantizer_modules
+from qgraph.modules import exports_python
 
 _classes: dict[type, type] = {}
 
@@ -113,6 +114,8 @@ def dispatch(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dic
 
 def _run(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: ModuleState = module.__dict__[STATE]
+    if exports_python():
+        return run_opaque(module, state, forward, args, kwargs)
     if module.qgraph_fused and not module.training and _all_off(module):
         return forward(module, *args, **kwargs)
     call = state.call(args, kwargs)

@@ -360,3 +360,41 @@ def test_an_error_inside_a_captured_graph_names_the_line_that_it_came_from(tmp_p
     net = qgraph.prepare(NoTranslation(), "W4", (x,))
     first = inspect.getsourcelines(NoTranslation)[1]
     refuses(net, tmp_path / "m.onnx", (x,), match=rf"test_export_failures\.py:{first + 6} ")
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) + torch.randn_like(x)
+
+
+def test_random_numbers_in_eval_are_named(tmp_path):
+    x = torch.randn(3, 4)
+    net = qgraph.prepare(Noisy(), "W4", (x,))
+    first = inspect.getsourcelines(Noisy)[1]
+    refuses(net, tmp_path / "m.onnx", (x,), match=rf"py:{first + 6} .*draws random numbers.*verify=False")
+    assert not left_in(tmp_path)
+    assert export(net, tmp_path / "m.onnx", (x,), verify=False).layers[0].path == "fc"
+
+
+class QuietWhenTraced(nn.Module):
+    """Under torch.export it leaves a layer out that eager runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        if torch.compiler.is_exporting():
+            return self.a(x)
+        y = self.b(self.a(x))
+        return y if bool((y < 1e9).all()) else y * 0  # no graph can hold it
+
+
+def test_a_site_that_tracing_leaves_out_is_named(tmp_path):
+    x = torch.randn(3, 4)
+    net = qgraph.prepare(QuietWhenTraced(), "W4", (x,))
+    refuses(net, tmp_path / "m.onnx", (x,), match="1 quantized sites are not in the traced graph.*b.weight")

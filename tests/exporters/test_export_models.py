@@ -343,3 +343,38 @@ def test_grouped_products_are_written_out_and_reported(tmp_path):
     assert {layer.path + "." + layer.operand for layer in report.layers} == {"gate.weight", ".w"}
     x = torch.randn(14, 8)
     assert differ(net(x), run(tmp_path / "m.onnx", x=x)[0]) < TOLERANCE
+
+
+class Counted(nn.Module):
+    def forward(self, x):
+        return x * 2, {"lengths": [x.shape[1]]}
+
+
+class Halves(nn.Module):
+    """A size inside a child's result: a captured graph checks it, torch.export has it as a symbol."""
+
+    def __init__(self):
+        super().__init__()
+        self.counted, self.fc = Counted(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y, counts = self.counted(x)
+        half = counts["lengths"][0] // 2
+        return self.fc(torch.cat([y[:, :half].mean(1), y[:, half:].mean(1)], -1))
+
+
+def test_where_a_graph_holds_for_one_size_the_python_is_traced(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 4)
+    net = qgraph.prepare(Halves(), "W4", (x,)).eval()
+    report = export(net, tmp_path / "m.onnx", (x,))
+    assert report.dynamic == ("x: 0=batch, 1=sequence",) and "traced as Python" in " ".join(report.notes)
+    x = torch.randn(5, 12, 4)
+    assert differ(net(x), run(tmp_path / "m.onnx", x=x)[0]) < TOLERANCE
+
+
+def test_a_scale_over_many_values_may_round_more(tmp_path):
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    net = qgraph.prepare(nn.Conv2d(3, 3, 1, groups=3, bias=False), "A4W8", (x,)).eval()
+    report = export(net, tmp_path / "m.onnx", (x,))
+    assert report.max_difference < 1e-4
