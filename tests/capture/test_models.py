@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -194,12 +195,21 @@ def test_gradients_switched_in_a_forward_are_as_in_eager_whatever_the_caller_has
             assert [y.requires_grad for y in ours] == [y.requires_grad for y in model(x)]
 
 
+class Configured(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.config = torch.nn.Linear(4, 4), types.SimpleNamespace(scale=2.0, names={"a": 1}, sizes=[1, 2])
+
+    def forward(self, x):
+        return self.fc(x) * self.config.scale
+
+
 class SkipsFullMasks(torch.nn.Module):
     """As masks are made in transformers: looked into, except while compiling."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.first, self.second = torch.nn.Linear(4, 4), Configured()
 
     def forward(self, x, mask):
         if not torch.compiler.is_compiling() and bool(mask.all()):
