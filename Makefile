@@ -28,7 +28,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-# Every transformers architecture of tests/zoo, each in a process of its own: minutes.
+# Every model of tests/zoo, each in a process of its own: minutes. ARGS="--check capture,compile,export" for all checks.
 zoo: $(STAMP)
 	$(BIN)/python -m tests.zoo.run --jobs $(JOBS) --json zoo.json $(ARGS)
 

@@ -239,7 +239,7 @@ def _trace(job: Job, plan: ShapePlan) -> Traced:
     except ExportError:
         raise
     except Exception as error:
-        explained = explain(error, job.name)
+        explained = explain(error, job.original)
         explained.__cause__ = error
         raise _TraceFailed(explained, is_data_dependent(error)) from error
     if lost := [site for site in (*job.collected.weights, *job.collected.activations) if site not in traced.sites]:

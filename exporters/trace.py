@@ -22,14 +22,14 @@ import torch
 from onnx.defs import OpSchema, SchemaError, get_schema, register_schema
 from onnxscript import opset18
 from onnxscript.values import Opset
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qgraph.errors import ExportError
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, modules_as_they_are
 from qgraph.exporters.shapes import ShapePlan
 from qgraph.exporters.signature import FlatModel
-from qgraph.exporters.where import chain, line_in, user_line
+from qgraph.exporters.where import chain, forward_line, line_in, user_line
 from qgraph.modules import exporting
 
 DOMAIN = "qgraph"
@@ -37,6 +37,8 @@ MINIMUM_OPSET = 18  # the lowest that torch's exporter writes; LayerNormalizatio
 DEFAULT_OPSET = 20
 GENERAL_HINT = "see the chained error, and try dynamic_shapes={} for a static file"
 HINTS = {  # what a known failure says -> what helps
+    "fake tensor in the exported program": "a gradient taken inside a forward (torch.autograd.grad) has no form in a "
+    "file: write it as a formula, or take it outside",
     "No ONNX function found": "write it in operations that ONNX has",
     "batch_sizes": "a packed sequence has no form in ONNX: pass the padded tensor to the recurrent layer",
     "_packed_sequence": "a packed sequence has no form in ONNX: pass the padded tensor to the recurrent layer",
@@ -149,11 +151,11 @@ def _recorded_at(error: BaseException) -> str:
     return ""
 
 
-def explain(error: BaseException, model_name: str) -> ExportError:
+def explain(error: BaseException, model: nn.Module) -> ExportError:
     """An `ExportError` for a failure of the tracer, naming the user's line where there is one."""
     text = str(_innermost(error, "GuardOnDataDependentSymNode") or error)
-    where = user_line(error)
-    at = f" at {where}" if where else ""
+    at = f" at {user_line(error) or forward_line(model)}"
+    model_name = type(model).__name__
     if is_data_dependent(error):
         return ExportError(
             f"export of {model_name}{at}: the model branches or takes a size from the values of a tensor, "

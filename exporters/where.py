@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import re
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from torch import nn
 
 from qgraph import modules
 from qgraph.capture.variants import GENERATED
@@ -22,6 +25,12 @@ def user_line(error: BaseException) -> str | None:
         frames += _frames_in(str(exception))
         frames += reversed([(f.filename, f.lineno, f.name) for f in traceback.extract_tb(exception.__traceback__)])
     return _innermost(frames)
+
+
+def forward_line(model: nn.Module) -> str:
+    """Where a model's forward is written."""
+    code = inspect.unwrap(type(model).forward).__code__
+    return f"{code.co_filename}:{code.co_firstlineno} (in forward)"
 
 
 def line_in(stack_trace: str) -> str | None:

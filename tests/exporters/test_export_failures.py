@@ -398,3 +398,21 @@ def test_a_site_that_tracing_leaves_out_is_named(tmp_path):
     x = torch.randn(3, 4)
     net = qgraph.prepare(QuietWhenTraced(), "W4", (x,))
     refuses(net, tmp_path / "m.onnx", (x,), match="1 quantized sites are not in the traced graph.*b.weight")
+
+
+class Forces(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            return torch.autograd.grad(self.fc(x).tanh().sum(), x)[0]
+
+
+def test_a_gradient_inside_a_forward_is_named(tmp_path):
+    x = torch.randn(3, 4)
+    first = inspect.getsourcelines(Forces)[1]
+    net = qgraph.prepare(Forces(), "W4", (x,))
+    refuses(net, tmp_path / "m.onnx", (x,), match=rf"test_export_failures\.py:{first + 5} .*taken inside a forward")

@@ -64,6 +64,11 @@ class Found:
     opaque: list[str] = field(default_factory=list)
     prepare_seconds: float = 0.0
     seconds: float = 0.0
+    eager_breaks: int = 0
+    breaks: int = 0
+    export: str = ""  # the dynamic sizes of the file, or why there is none
+    export_calls: int = 0  # how many of the zoo's shapes a file was run on
+    export_notes: list[str] = field(default_factory=list)
 
 
 def leaves(value: Any) -> list[Any]:

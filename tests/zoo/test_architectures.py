@@ -1,4 +1,4 @@
-"""A few architectures, one a family; `make zoo` runs them all, each in a process of its own."""
+"""A few models, one a family or a way of export; `make zoo` runs them all, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,3 +16,25 @@ def test_architecture(name):
     found = check_apart(name, limit=120)
     assert not found["failures"]
     assert found["sites"] == found["quantized"] > 0
+
+
+@pytest.mark.parametrize("name", ["bert", "SdpaCausal"])  # a forward left Python; a causal flag that is a size
+def test_compiles_as_eager_does(name):
+    found = check_apart(name, limit=120, checks=("compile",))
+    assert not found["failures"]
+    assert found["breaks"] == found["eager_breaks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "shapes"),
+    [
+        ("SdpaCausal", "x: 0=batch, 1=sequence", 2),
+        ("GroupedExperts", "x: 0=batch", 2),
+        ("xlnet", "input_ids: 0=batch, 1=sequence; attention_mask: 0=batch, 1=sequence", 2),
+        ("Packed", "refused", 0),
+    ],
+)
+def test_exports_or_says_why_not(name, sizes, shapes):
+    found = check_apart(name, limit=120, checks=("export",))
+    assert not found["failures"]
+    assert found["export"].startswith(sizes) and found["export_calls"] == shapes
