@@ -212,9 +212,12 @@ def _on(found: Found, model: nn.Module, prepared: nn.Module, calls: list[Call], 
             found.failures.append(f"{at}: gradient of {bad[0]} is not finite ({len(bad)})")
 
 
+ROUNDING = 1e-5  # gradients below it are sums that cancel
+
+
 def _reaches_output(weights: set[str], run: Run) -> bool:
     """Whether the output depends on a quantized weight, as far as gradients tell."""
-    return any(n in run.gradients and bool(run.gradients[n].any()) for n in weights)
+    return any(n in run.gradients and bool((run.gradients[n].abs() > ROUNDING).any()) for n in weights)
 
 
 def _count(model: nn.Module, call: Call, training: bool, start: nn.Module) -> tuple[Census, list[Any]]:
