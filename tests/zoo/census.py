@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 # The operands of each product: (weight positions) for layers, pairs for products of equals.
 _LAYERS = {
@@ -101,16 +101,27 @@ def counting(model: nn.Module, inputs: Any, quantizers: tuple[type[nn.Module], .
     """Count a run of `model` on `inputs`; the results of modules of the `quantizers` classes are quantized."""
     census = Census(model, inputs)
 
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(module, quantizers) and isinstance(output, Tensor):
-            census.quantized(output, args)
+    def enter(module: nn.Module, args: Any) -> None:
+        if isinstance(module, quantizers):
+            _pop_mode()  # what a quantizer does inside is no product of the model
 
-    handle = nn.modules.module.register_module_forward_hook(hook)
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, quantizers):
+            _push_mode(census)
+            if isinstance(output, Tensor):
+                census.quantized(output, args)
+
+    register = nn.modules.module
+    handles = (
+        register.register_module_forward_pre_hook(enter),
+        register.register_module_forward_hook(leave, always_call=True),
+    )
     try:
         with census:
             yield census
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _tensors(value: Any) -> list[Tensor]:
