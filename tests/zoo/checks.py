@@ -38,7 +38,7 @@ class Call:
 
 @dataclass(slots=True)
 class Run:
-    """What one forward and backward left: output leaves, gradients, and the arguments and buffers as they are then."""
+    """Output leaves and gradients of a run, and the arguments and buffers as they are after its forward."""
 
     outputs: list[Any]
     gradients: dict[str, Tensor]
@@ -102,14 +102,16 @@ def run(model: nn.Module, call: Call, training: bool, start: nn.Module | None = 
     """One forward and backward, always from the same random state, and from the parameters and buffers of `start`."""
     args, kwargs = _ready(model, call, training, start)
     out = leaves(model(*args, **kwargs))
+    state = [*leaves((args, kwargs)), *(b.clone() for b in model.buffers())]
     total = [t.float().abs().square().sum() for t in out if isinstance(t, Tensor) and t.requires_grad]
     try:
         if total:
             sum(total).backward()
     except (RuntimeError, AssertionError) as error:  # some models have no backward in eval: then nor may ours
         out.append(f"no backward: {type(error).__name__}")
+        model.zero_grad()  # how far it came is no matter
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return Run(out, gradients, [*leaves((args, kwargs)), *(b.clone() for b in model.buffers())])
+    return Run(out, gradients, state)
 
 
 def copied(model: nn.Module) -> nn.Module:
