@@ -83,6 +83,7 @@ def _weight_layer(record: WeightRecord, lowered: Lowered, collected: Collected) 
         shape=tuple(packed.shape),
         spec=packed.spec,
         groups=groups_text(packed.groups),
+        axis=packed.groups.axis,
         format=packed.format,
         bytes=0 if record.shared_with else packed.nbytes,
         form="; ".join(dict.fromkeys(record.forms)) or "not used",

@@ -32,7 +32,7 @@ class LayerReport:
 
     `bytes` counts codes, scales and zero points where they are stored, 0 where `shared_with` names another
     layer; `max_difference` is that of the layer's output against torch on the same inputs, relative to the
-    largest value (None: not measured).
+    largest value (None: not measured); `axis` is the dimension of the output channels.
     """
 
     path: str
@@ -49,6 +49,7 @@ class LayerReport:
     shared_with: str | None = None
     max_difference: float | None = None
     notes: tuple[str, ...] = ()
+    axis: int = 0
 
     @property
     def bits(self) -> float | None:
@@ -183,6 +184,7 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
             "weight": index(layer.spec),
             "activation": index(layer.activation),
             "groups": layer.groups,
+            "axis": layer.axis or None,
             "format": layer.format,
             "form": layer.form,
             "sparsity": layer.sparsity,
@@ -227,6 +229,16 @@ def read_report(path: str | Path) -> ExportReport:
         raise InspectError(
             f"{path}: found no {LAYERS!r} in its metadata; expected a file written by qgraph.export; export it again"
         )
+    try:
+        return _read(path, model, found)
+    except Exception as error:  # whatever damaged text makes of itself
+        raise InspectError(
+            f"{path}: its metadata cannot be read ({type(error).__name__}: {error}); expected what qgraph.export "
+            "wrote; the file is damaged: export it again"
+        ) from error
+
+
+def _read(path: Path, model: onnx.ModelProto, found: Mapping[str, str]) -> ExportReport:
     content = json.loads(found[LAYERS])
     specs = [QuantSpec(**spec) for spec in content["specs"]]
     sizes = {item.name: _nbytes(item) for item in model.graph.initializer}
@@ -258,6 +270,8 @@ def _layer(
     def spec(key: str) -> QuantSpec | None:
         return None if key not in kind else specs[kind[key]]
 
+    if any(not isinstance(size, int) or size < 0 for size in shape):
+        raise ValueError(f"found shape {shape}")
     site = f"{path}.{kind['operand']}" if path else kind["operand"]
     return LayerReport(
         path=path,
@@ -266,6 +280,7 @@ def _layer(
         shape=tuple(shape),
         spec=spec("weight"),
         groups=kind.get("groups", ""),
+        axis=kind.get("axis", 0),
         format=kind.get("format", ""),
         bytes=sum(sizes.get(f"{site}.{part}", 0) for part in PARTS),
         form=kind.get("form", ""),

@@ -22,6 +22,8 @@ from qgraph.version import __version__
 if TYPE_CHECKING:
     from qgraph.exporters.onnx import export
     from qgraph.exporters.report import ExportReport
+    from qgraph.exporters.unpack import unpack
+    from qgraph.runtime import verify
 
 __all__ = [
     "CaptureError",
@@ -49,10 +51,17 @@ __all__ = [
     "prepare",
     "save",
     "set_enabled",
+    "unpack",
+    "verify",
 ]
 
 # The exporter brings onnx and onnxruntime: imported when first asked for.
-_LAZY = {"export": "qgraph.exporters.onnx", "ExportReport": "qgraph.exporters.report"}
+_LAZY = {
+    "ExportReport": "qgraph.exporters.report",
+    "export": "qgraph.exporters.onnx",
+    "unpack": "qgraph.exporters.unpack",
+    "verify": "qgraph.runtime",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -207,7 +207,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from qgraph.graph import is_prepared
-    from qgraph.runtime import against_model
+    from qgraph.runtime import verify
 
     model, example = _model(options.factory, options.input, needs_example=True)
     if options.checkpoint:
@@ -218,7 +218,7 @@ def _verify(options: argparse.Namespace) -> int:
         raise InspectError(
             f"{options.factory}: gives a float model; expected a prepared one, or --checkpoint with weights."
         )
-    found = against_model(options.file, model, example)
+    found = verify(options.file, model, example)
     good = found.beyond <= options.allow * found.values
     if options.json:
         _print_json({"file": str(options.file), "good": good, **found.to_dict()})

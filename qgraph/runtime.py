@@ -22,11 +22,11 @@ from qgraph.errors import InspectError
 __all__ = [
     "Comparison",
     "Timing",
-    "against_model",
     "compare_outputs",
     "feed_for",
     "session_for",
     "time_files",
+    "verify",
 ]
 
 ROUNDING = 1e-5  # of the largest output: beyond it a value is not rounded otherwise, but another code
@@ -138,7 +138,7 @@ def time_files(
     ]
 
 
-def against_model(path: str | Path, model: nn.Module, example_inputs: Any, **example_kwargs: Any) -> Comparison:
+def verify(path: str | Path, model: nn.Module, example_inputs: Any, **example_kwargs: Any) -> Comparison:
     """Run a file and a model, in eval mode, on the same inputs.
 
     Raises

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from qgraph.errors import InspectError
-from qgraph.runtime import against_model, compare_outputs, feed_for, session_for, time_files
+from qgraph.runtime import compare_outputs, feed_for, session_for, time_files, verify
 
 
 def write(path: Path, scale: float = 2.0, kind: int = TensorProto.FLOAT, name: str = "input") -> Path:
@@ -61,17 +61,17 @@ def test_files_take_turns(tmp_path: Path) -> None:
 def test_a_file_of_the_model_and_one_of_another(tmp_path: Path) -> None:
     example = (torch.randn(4, 3),)
     model = Twice().train()
-    same = against_model(write(tmp_path / "a.onnx"), model, example)
+    same = verify(write(tmp_path / "a.onnx"), model, example)
     assert (same.max_difference, same.beyond, same.values, same.same_decisions) == (0.0, 0, 12, 1.0)
     assert model.training
-    other = against_model(write(tmp_path / "b.onnx", -2.0), model, example)
+    other = verify(write(tmp_path / "b.onnx", -2.0), model, example)
     assert other.max_difference == pytest.approx(2.0)
     assert other.beyond == 12
 
 
 def test_names_and_shapes_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(InspectError, match="takes tokens, and the example holds input; no tokens among them"):
-        against_model(write(tmp_path / "a.onnx", name="tokens"), Twice(), (torch.randn(4, 3),))
+        verify(write(tmp_path / "a.onnx", name="tokens"), Twice(), (torch.randn(4, 3),))
     with pytest.raises(InspectError, match="gives outputs of shapes"):
         compare_outputs("a.onnx", [np.zeros((2, 3))], [np.zeros((2, 4))])
 

@@ -32,7 +32,7 @@ onnxruntime when it loads the file.
 from .embedding import emit_gather_rows
 from .emit import emit_codes, emit_float, emit_scale, emit_zero_point
 from .nbits import emit_nbits, nbits_for, nbits_shift
-from .packed import PackedWeight, pack, unpack
+from .packed import PackedWeight, pack, restore, unpack
 
 __all__ = [
     "PackedWeight",
@@ -45,5 +45,6 @@ __all__ = [
     "nbits_for",
     "nbits_shift",
     "pack",
+    "restore",
     "unpack",
 ]

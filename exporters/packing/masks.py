@@ -7,7 +7,8 @@ Compress.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -48,8 +49,32 @@ class TileMask:
 
     @property
     def name(self) -> str:
-        """`mask`, or `mask4x4` for tiles."""
-        return "mask" if self.height == self.width == 1 else f"mask{self.height}x{self.width}"
+        """`mask`, or `mask4x4` for tiles; `mask/8` where it is cut in pieces of 8 bits."""
+        tile = "" if self.height == self.width == 1 else f"{self.height}x{self.width}"
+        return f"mask{tile}/{self.piece}" if self.piece else f"mask{tile}"
+
+    @staticmethod
+    def restore(name: str, data: np.ndarray, rows: int, columns: int) -> TileMask:
+        """The mask called `name` whose bytes are `data`.
+
+        Raises
+        ------
+        ValueError
+            When it is not one, or the bytes are too few for it.
+        """
+        found = re.fullmatch(r"mask(?:(\d+)x(\d+))?(?:/([48]))?", name)
+        if found is None:
+            raise ValueError(f"{name!r} is no mask")
+        height, width, piece = (int(text or default) for text, default in zip(found.groups(), "110", strict=True))
+        mask = TileMask(max(1, height), max(1, width), 0, piece)
+        tall, wide = mask._tiles(rows, columns)
+        cells, top = mask._cells(tall * wide) if piece else (0, ceil(tall * wide / 8))
+        used = int(unpack_plane(data[None, :top], 1)[:, :cells].sum()) if piece else 0
+        if data.ndim != 1 or len(data) < top + ceil(used * piece / 8):
+            raise ValueError(f"{name}: {data.size} bytes are too few for {tall * wide} bits")
+        mask = replace(mask, used=used)
+        ones = mask._bits(data, tall * wide)
+        return replace(mask, kept=int(ones.sum()))
 
     @property
     def table_bytes(self) -> int:
@@ -85,17 +110,21 @@ class TileMask:
     def decode(self, data: np.ndarray, kept: np.ndarray, rows: int, columns: int) -> np.ndarray:
         """The inverse of `encode`: (rows, columns) levels."""
         tall, wide = self._tiles(rows, columns)
-        if self.piece:
-            cells, top = self._cells(tall * wide)
-            used = unpack_plane(data[None, :top], 1)[:, :cells].astype(bool)
-            full = np.zeros((1, cells), np.uint8)
-            full[used] = unpack_plane(data[None, top:], self.piece)[0, : self.used]
-            data = pack_plane(full, self.piece)[0]
-        bits = unpack_plane(data[None], 1)[0][: tall * wide].astype(bool)
+        bits = self._bits(data, tall * wide)
         tiles = np.zeros((tall * wide, self.height * self.width), kept.dtype)
         tiles[bits] = kept.reshape(self.kept, self.height * self.width)
         whole = tiles.reshape(tall, wide, self.height, self.width).transpose(0, 2, 1, 3)
         return whole.reshape(tall * self.height, wide * self.width)[:rows, :columns]
+
+    def _bits(self, data: np.ndarray, count: int) -> np.ndarray:
+        """bool (count,): the mask, its pieces put back."""
+        if self.piece:
+            cells, top = self._cells(count)
+            used = unpack_plane(data[None, :top], 1)[:, :cells].astype(bool)
+            full = np.zeros((1, cells), np.uint8)
+            full[used] = unpack_plane(data[None, top:], self.piece)[0, : self.used]
+            data = pack_plane(full, self.piece)[0]
+        return unpack_plane(data[None], 1)[0][:count].astype(bool)
 
     def emit(
         self,

@@ -22,6 +22,7 @@ from .dense import Bits, pack_plane
 from .masks import BITS_OF_BYTE, FREE, running_index
 from .streams import Target, add, flatten_rows, lookup, padded, trim
 
+LARGEST_GROUP = 32
 SMALL_TABLE = 4096  # bytes; beyond it a table counts against the format and is stored as bit masks
 LARGEST_TABLE = 8192  # bytes of such bit masks; beyond it numbers are decoded by counting
 NODE_BYTES = 100  # what a node takes in a file, about
@@ -80,6 +81,25 @@ class NMMask:
         mask = NMMask(n, m, _best_per_byte(len(places) // max(1, lead), patterns, m))
         numbers = mask._number(places).reshape(lead, -1)
         return mask, mask._store(numbers), kept.reshape(lead, -1)
+
+    @staticmethod
+    def restore(name: str, data: np.ndarray, rows: int, columns: int) -> NMMask:
+        """The mask called `name` whose bytes are `data`.
+
+        Raises
+        ------
+        ValueError
+            When it is not one, or the bytes are too few for it.
+        """
+        n, m = map(int, name.split(":"))
+        if not 0 < n < m <= LARGEST_GROUP or data.ndim != 2 or data.shape[0] not in (1, rows):
+            raise ValueError(f"{name}: no mask with bytes of shape {data.shape}")
+        groups = rows * -(-columns // m) // len(data)
+        mask = NMMask(n, m, _best_per_byte(groups, comb(m, n), m))
+        size = ceil(groups / mask.per_byte) if mask.per_byte else sum(Bits(b).size(groups) for b, _ in mask._widths)
+        if data.shape[1] != size:
+            raise ValueError(f"{name}: found {data.shape[1]} bytes for {groups} groups; expected {size}")
+        return mask
 
     def count(self, rows: int, columns: int) -> int:
         """How many kept values there are."""

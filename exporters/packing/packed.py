@@ -6,6 +6,7 @@ ternary.py, masks.py and nm.py. Nothing of ONNX lives here.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import comb, log2
 
@@ -19,13 +20,12 @@ from qgraph.ops.quantized import Quantized
 
 from .dense import Bits, Floats
 from .masks import TileMask
-from .nm import NMMask
+from .nm import LARGEST_GROUP, NMMask
 from .streams import Stream, padded
 from .ternary import Ternary
 
 Mask = TileMask | NMMask
 TILES = (4, 8, 16, 32, 64)  # square tiles looked for when nobody says how the weight was pruned
-LONGEST_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,6 +182,61 @@ def unpack(p: PackedWeight) -> Quantized:
     return Quantized(tensor.to(torch.int16), scale, zero, p.groups, p.spec, p.sparse)
 
 
+def restore(
+    shape: tuple[int, ...],
+    groups: Groups,
+    spec: QuantSpec | None,
+    sparse: bool,
+    format: str,
+    arrays: dict[str, np.ndarray],
+) -> PackedWeight:
+    """The weight whose `format`, `arrays` and so on these are.
+
+    Raises
+    ------
+    ValueError
+        When they do not go together: nothing is unpacked that the bytes at hand do not hold.
+    """
+    mask_name, _, stream_name = format.rpartition("+")
+    rows, columns = row_shape(groups, shape)
+    mask: Mask | None = None
+    if mask_name:
+        data = arrays["mask"]
+        if rows * columns > 64 * data.size:  # the densest: a bit for each 8 weights
+            raise ValueError(f"{data.size} bytes of mask are too few for {rows} x {columns} weights")
+        kind = NMMask if ":" in mask_name else TileMask
+        mask = kind.restore(mask_name, data, rows, columns)
+    stream = _stream_called(stream_name, spec)
+    count = rows * columns if mask is None else mask.count(rows, columns)
+    packed = arrays.get("packed")
+    if packed is None or packed.ndim != 2 or not packed.shape[0]:
+        if count or (packed is not None and packed.size):
+            raise ValueError(f"no codes for {count} weights")
+    elif packed.nbytes != packed.shape[0] * stream.size(count // packed.shape[0]) or count % packed.shape[0]:
+        raise ValueError(f"codes of shape {packed.shape} do not hold {count} weights as {stream_name}")
+    if spec is not None:
+        _check_scales(shape, groups, spec, arrays)
+    return PackedWeight(shape, groups, spec, sparse, arrays, stream, mask)
+
+
+def _stream_called(name: str, spec: QuantSpec | None) -> Stream:
+    if name == "float":
+        return Floats()
+    if name == "ternary":
+        return Ternary()
+    found = re.fullmatch("bits([1-8])", name)
+    if found is None or spec is None:
+        raise ValueError(f"{name!r} is no format of codes")
+    return Bits.affine(int(found[1])) if spec.scheme == "affine" else Bits.linear(int(found[1]))
+
+
+def _check_scales(shape: tuple[int, ...], groups: Groups, spec: QuantSpec, arrays: dict[str, np.ndarray]) -> None:
+    expected = groups.shape(shape)
+    for name in ("scale", "zero_point") if spec.scheme == "affine" else ("scale",):
+        if name not in arrays or arrays[name].shape != expected:
+            raise ValueError(f"{name}: found {arrays[name].shape if name in arrays else None}; expected {expected}")
+
+
 def row_shape(groups: Groups, shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, row length) of a weight laid out by output channel, whatever shares a scale."""
     if not shape:
@@ -261,7 +316,7 @@ def _pattern_of(rows: np.ndarray, sparsity: SparsitySpec | None) -> tuple[int, i
         return (sparsity.n, sparsity.m) if sparsity.n and sparsity.m else None
     used = rows != 0
     best, least = None, float("inf")
-    for m in range(2, LONGEST_GROUP + 1):
+    for m in range(2, LARGEST_GROUP + 1):
         n = int(padded(used, m, 1).reshape(-1, m).sum(axis=1).max(initial=0))
         cost = (log2(comb(m, n)) + 2 * n) / m if 0 < n < m else float("inf")
         if cost < least:

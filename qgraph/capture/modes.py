@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +58,7 @@ class Modes:
 
 def _grad_context() -> tuple[Any, str]:
     """The block (no_grad, enable_grad, set_grad_enabled) that switches gradients just now, and its method that does."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename != grad_mode.__file__:
         frame = frame.f_back
     while frame is not None and frame.f_back is not None and frame.f_back.f_code.co_filename == grad_mode.__file__:

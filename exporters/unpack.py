@@ -1,0 +1,130 @@
+"""Take a file apart: the codes, scales, zero points, masks and float weights of every layer, without a runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast, get_args
+
+import numpy as np
+import onnx
+
+from qgraph.config import QuantSpec
+from qgraph.errors import InspectError
+from qgraph.exporters.packing import PackedWeight, restore
+from qgraph.exporters.packing import unpack as unpack_weight
+from qgraph.exporters.report import PARTS, LayerReport, read_report
+from qgraph.ops.groups import GroupKind, Groups
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unpacked:
+    """One weight of a file.
+
+    Parameters
+    ----------
+    weight : ndarray, float32
+        What the file computes with, in the shape of the model's own weight: `scale * (codes - zero_point)`.
+    codes : ndarray, int16, or None
+        Level integers in the same shape; None for a weight that is pruned only.
+    scale, zero_point : ndarray, float32, (rows, groups), or None
+        `zero_point` is in units of the codes, None for linear schemes.
+    mask : ndarray, bool, or None
+        Where a pruned weight is not zero.
+    spec, groups, format
+        As in `LayerReport`.
+    shared_with : str or None
+        The weight under whose name the codes are stored, where two share them.
+    """
+
+    weight: np.ndarray
+    codes: np.ndarray | None
+    scale: np.ndarray | None
+    zero_point: np.ndarray | None
+    mask: np.ndarray | None
+    spec: QuantSpec | None
+    groups: Groups
+    format: str
+    shared_with: str | None
+
+
+def unpack(path: str | Path) -> dict[str, Unpacked]:
+    """Every quantized or pruned weight of a file that `qgraph.export` wrote, by the name of its parameter.
+
+    Raises
+    ------
+    InspectError
+        When the file is not one of ours, or what it holds does not go together. Nothing is allocated that its bytes do
+        not account for.
+
+    Example
+    -------
+    >>> qgraph.unpack("model.onnx")["fc.weight"].weight.shape  # doctest: +SKIP
+    (128, 64)
+    """
+    path = Path(path)
+    report = read_report(path)
+    arrays = _initializers(path)
+    packed: dict[str, PackedWeight] = {}
+    found: dict[str, Unpacked] = {}
+    for layer in report.layers:
+        if not layer.shape:
+            continue
+        site = f"{layer.path}.{layer.operand}".strip(".")
+        stored = layer.shared_with or site
+        try:
+            if stored not in packed:
+                packed[stored] = _packed(stored, layer, arrays)
+            found[site] = _unpacked(packed[stored], layer)
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise InspectError(
+                f"{path}: the weight {site} cannot be unpacked: {error}; expected a file as qgraph.export wrote it; "
+                "it is damaged: export it again"
+            ) from error
+    return found
+
+
+def _initializers(path: Path) -> dict[str, np.ndarray]:
+    try:
+        model = onnx.load(str(path))
+        return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    except Exception as error:
+        raise InspectError(
+            f"{path}: its tensors cannot be read ({error}); expected a file as qgraph.export wrote it, its data file "
+            "beside it; export it again"
+        ) from error
+
+
+def _packed(site: str, layer: LayerReport, arrays: Mapping[str, np.ndarray]) -> PackedWeight:
+    own = {part: arrays[f"{site}.{part}"] for part in PARTS if f"{site}.{part}" in arrays}
+    if math.prod(layer.shape) > 64 * sum(array.nbytes for array in own.values()):
+        raise ValueError(f"found {sum(array.nbytes for array in own.values())} bytes for shape {layer.shape}")
+    return restore(layer.shape, _groups(layer), layer.spec, layer.sparsity is not None, layer.format, own)
+
+
+def _groups(layer: LayerReport) -> Groups:
+    kind, _, block = layer.groups.partition(" ")
+    if kind == "block":
+        return Groups("channel", layer.axis, int(block))
+    if kind not in get_args(GroupKind):
+        raise ValueError(f"found groups {layer.groups!r}")
+    return Groups(cast(GroupKind, kind), layer.axis)
+
+
+def _unpacked(packed: PackedWeight, layer: LayerReport) -> Unpacked:
+    quantized = unpack_weight(packed)
+    codes = None if quantized.codes is None else quantized.codes.numpy()
+    weight = quantized.dequantize().numpy()
+    return Unpacked(
+        weight=weight,
+        codes=codes,
+        scale=packed.arrays.get("scale"),
+        zero_point=packed.arrays.get("zero_point"),
+        mask=((weight if codes is None else codes) != 0) if packed.sparse else None,
+        spec=packed.spec,
+        groups=packed.groups,
+        format=packed.format,
+        shared_with=layer.shared_with,
+    )
