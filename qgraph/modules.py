@@ -219,7 +219,10 @@ class Sparsifier(nn.Module):
         if not self.enabled:
             return weight
         if _run.exporting:
-            return torch.ops.qgraph.weight(weight, self.site) if self.alone else weight
+            if not self.alone:
+                return weight
+            _run.emitted.add(self.site)
+            return torch.ops.qgraph.weight(weight, self.site)
         pruned = sparsify(weight, self.sparsity, self.groups)
         if _run.collected is not None:
             _run.collected.sparsity[self.site] = self.sparsity
