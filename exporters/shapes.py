@@ -73,7 +73,7 @@ def candidate_plans(tensors: Sequence[Tensor], names: Sequence[str], run: Run) -
 
 def runnable(dims: tuple[Dims, ...], tensors: Sequence[Tensor], run: Run, **limits: Any) -> ShapePlan | None:
     """The plan for `dims` with a second example that the torch model accepts, or None."""
-    for step in (1, 3, -1):  # another size, a larger one, a smaller one (position tables have an end)
+    for step in (1, 3, -1, 0):  # another size, a larger one, a smaller one (position tables have an end), twice it
         second = _resized(dims, tensors, step, limits)
         if second is None:
             continue
@@ -182,7 +182,8 @@ def _resized(
             low, high = limits.get(name, (None, None))
             # 0 and 1 are special to torch.export, and a batch of 1 says nothing about mixing rows up
             have = tensor.shape[dim]
-            size = max(have + step + (have == 1), 2, low or 2)
+            other = have + step if step else 2 * have  # images go through strides and windows
+            size = max(other + (have == 1), 2, low or 2)
             size = sizes.setdefault(name, size if high is None else min(size, high))
             if size == have:
                 return None

@@ -280,7 +280,7 @@ def _hooks(found: Found, eager: nn.Module, prepared: nn.Module, call: Call) -> N
             handles = [
                 module.register_forward_hook(lambda _, __, out, n=name, c=calls: c.append([n, *leaves(out)]))
                 for name, module in model.named_modules()
-                if "qgraph" not in name.split(".")
+                if "qgraph" not in name.split(".") and not isinstance(module, torch.jit.ScriptModule)
             ]
             args, kwargs = _ready(model, call, True, start)
             model(*args, **kwargs)

@@ -44,7 +44,7 @@ def check(found: Found, model: nn.Module, calls: list[Call]) -> None:
                     found.failures.append(f"export {config}: {error} (no line)")
                 return
             found.export = "; ".join(report.dynamic) or "static"
-            found.export_notes = list(report.notes)
+            found.export_notes += [note for note in report.notes if note not in found.export_notes]
             in_file = {
                 f"{layer.path}.{layer.operand}".strip(".") for layer in report.layers if layer.form != "not used"
             }
@@ -58,6 +58,8 @@ def check(found: Found, model: nn.Module, calls: list[Call]) -> None:
                 found.failures.append(f"export {config}: not in the file: {sorted(missing)[:4]} ({len(missing)})")
             if config == WEIGHTS:
                 _run_file(found, model, prepared, path, calls[:2], report)
+                if found.export_calls == 1:
+                    _export_dynamic(found, model, prepared, path, calls[:2])
 
 
 def _run_file(
@@ -68,6 +70,28 @@ def _run_file(
             found.export_calls = number + 1
             if (problem := _compare(prepared, path, call)) is not None:
                 found.failures.append(f"export, call {number}: {problem}")
+
+
+def _export_dynamic(found: Found, model: nn.Module, prepared: nn.Module, path: Path, calls: list[Call]) -> None:
+    """Where the sizes that come out dynamic by themselves are not all that the second shape has, ask for those."""
+    one, two = (flatten_inputs(model, call.args, call.kwargs) for call in calls)
+    if one.names != two.names or list(one.arguments) != list(one.names):
+        return  # nested arguments, or another number of tensors
+    differing = {
+        name: {i: f"size{a.shape[i]}_{b.shape[i]}" for i in range(a.dim()) if a.shape[i] != b.shape[i]}
+        for name, a, b in zip(one.names, one.tensors, two.tensors, strict=True)
+        if a.dim() == b.dim() and a.shape != b.shape
+    }
+    call = calls[0]
+    try:
+        report = qgraph.export(
+            prepared, path, call.args, example_kwargs=call.kwargs, dynamic_shapes=differing, progress=False
+        )
+    except ExportError as error:
+        found.export_notes.append(f"no file for the second shape: {error}")
+        return
+    _run_file(found, model, prepared, path, calls, report)
+    found.export_notes.append(f"asked for: {'; '.join(report.dynamic)}")
 
 
 def _planned(prepared: nn.Module, call: Call) -> set[str]:
