@@ -52,7 +52,7 @@ def modules_as_they_are() -> Iterator[None]:
         tensors = [*module.parameters(recurse), *module.buffers(recurse)]
         return module if all(fn(tensor) is tensor for tensor in tensors) else original(module, fn, recurse)
 
-    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    nn.Module._apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -378,3 +378,23 @@ def test_a_scale_over_many_values_may_round_more(tmp_path):
     net = qgraph.prepare(nn.Conv2d(3, 3, 1, groups=3, bias=False), "A4W8", (x,)).eval()
     report = export(net, tmp_path / "m.onnx", (x,))
     assert report.max_difference < 1e-4
+
+
+class RowByRow(nn.Module):
+    """Python goes over the batch, so a file has one batch size; the sequence stays dynamic."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.stack([self.fc(row) for row in x])
+
+
+def test_a_batch_that_is_a_constant_leaves_the_sequence_dynamic(tmp_path):
+    x = torch.randn(2, 6, 4)
+    net = qgraph.prepare(RowByRow(), "W4", (x,)).eval()
+    report = export(net, tmp_path / "m.onnx", (x,))
+    assert report.dynamic == ("x: 1=sequence",)
+    x = torch.randn(2, 11, 4)
+    assert differ(net(x), run(tmp_path / "m.onnx", x=x)[0]) < TOLERANCE
