@@ -58,7 +58,8 @@ def candidate_plans(tensors: Sequence[Tensor], names: Sequence[str], run: Run) -
         batch = tuple({} for _ in tensors)
     groups = _sequence_groups(tensors, names)
     accepted = [group for group in groups if runnable(_merged(batch, group), tensors, run) is not None]
-    alone = [(tuple({} for _ in tensors), group) for group in accepted]
+    none: tuple[Dims, ...] = tuple({} for _ in tensors)
+    alone = [(none, group) for group in accepted]
     choices = [(batch, *accepted), *((batch, group) for group in accepted), (batch,), *alone]
     seen: list[tuple[Dims, ...]] = []
     for parts in choices:

@@ -122,6 +122,8 @@ def _run(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[st
     variant = state.select(module, call)
     if variant is None:
         return run_python(module, state, forward, args, kwargs, call)
+    if variant.eager_only and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _graph_outside(variant, module, call.values)
     if not variant.late_guards or torch.compiler.is_compiling():
         return variant.run(module, call.values)
     return _run_checked(module, state, variant, forward, call, args, kwargs)
@@ -189,3 +191,10 @@ def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, 
 
 # The public torch.compiler.disable imports the compiler at once, seconds of work that most imports of us never need.
 _outside_graphs = torch._compile._disable_dynamo(python_body, recursive=False)
+
+
+def _run_graph(variant: Variant, module: nn.Module, values: tuple[Any, ...]) -> Any:
+    return variant.run(module, values)
+
+
+_graph_outside = torch._compile._disable_dynamo(_run_graph)  # and what it calls

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from qgraph.capture.attributes import Held
+from qgraph.capture.calls import EAGER_ONLY, name_of
 from qgraph.capture.guards import Guard
 from qgraph.capture.structure import tensors_in
 from qgraph.graph import without_quantizers
@@ -48,9 +49,13 @@ class Variant:
     in_place: bool = False  # whether the forward changed tensors among its arguments
     validated: set[Any] = field(default_factory=set)  # sizes for which the late guards held
     rejected: set[Any] = field(default_factory=set)  # and did not
+    eager_only: bool = field(init=False)  # whether torch.compile cannot take a function that it calls
     _function: Callable[..., Any] | None = None
     _float_function: Callable[..., Any] | None = None
     _condition: Callable[..., bool] | None = None
+
+    def __post_init__(self) -> None:
+        self.eager_only = any(name_of(n.target) in EAGER_ONLY for n in self.graph.nodes if n.op == "call_function")
 
     def accepts(self, module: nn.Module, call: Call) -> bool:
         if call.names != self.names or call.signature != self.signature:
@@ -118,6 +123,7 @@ class Variant:
         for name, value in state.items():
             setattr(self, name, load_graph(value) if name == "graph" else value)
         self.validated, self.rejected, self._condition = set(), set(), None
+        self.__post_init__()
         self.compile()
 
 

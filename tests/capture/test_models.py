@@ -224,3 +224,23 @@ def test_a_forward_left_python_compiles_in_one_graph_where_it_has_no_site_itself
     torch._dynamo.reset()
     compiled = torch.compile(prepared, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, mask), prepared(x, mask))
+
+
+class Experts(torch.nn.Module):
+    """As in transformers: a grouped product, except while compiling, which takes none in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(2, 8, 4))
+
+    def forward(self, x, ends):
+        if torch.compiler.is_compiling():
+            return torch.cat([x[:3] @ self.w[0], x[3:] @ self.w[1]])
+        return torch.nn.functional.grouped_mm(x, self.w, offs=ends)
+
+
+def test_a_graph_with_a_grouped_product_runs_under_compile():
+    args = torch.randn(6, 8), torch.tensor([3, 6], dtype=torch.int32)
+    prepared = qgraph.prepare(Experts(), "W4", args)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(prepared, backend="eager")(*args), prepared(*args))

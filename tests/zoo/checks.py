@@ -19,6 +19,7 @@ from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
 from tests.zoo.census import Census, counting
 
 CONFIG = "A4W2"
+WEIGHTS = "W2"  # where outputs are compared up to rounding
 
 
 @dataclass(frozen=True, slots=True)

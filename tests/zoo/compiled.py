@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,29 +11,35 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 import qgraph
-from tests.zoo.checks import CONFIG, Call, Found, copied, leaves, same, seed
+from tests.zoo.checks import CONFIG, WEIGHTS, Call, Found, copied, leaves, same, seed
 
 
 def check(found: Found, model: nn.Module, calls: list[Call]) -> None:
-    """Compile eager, the prepared model with its quantizers off, and with them on; add to `found`."""
+    """Compile eager, and the prepared model with its quantizers off and on; add to `found`.
+
+    Outputs are compared where no activation is quantized: else a code on a rounding tie may go the other way.
+    """
     call = calls[0]
-    prepared = qgraph.prepare(model, CONFIG, call.args, example_kwargs=call.kwargs)
     try:
         _, found.eager_breaks = _compiled(copied(model), call)
     except Exception:
         return  # nor can eager
-    for state in ("off", "on"):
-        with qgraph.disabled(prepared) if state == "off" else torch.enable_grad():
+    for config, state in ((WEIGHTS, "off"), (WEIGHTS, "on"), (CONFIG, "on")):
+        prepared = qgraph.prepare(model, config, call.args, example_kwargs=call.kwargs)
+        with qgraph.disabled(prepared) if state == "off" else contextlib.nullcontext():
             expected = _run(prepared, call)
             try:
                 got, found.breaks = _compiled(prepared, call)
             except Exception as error:
-                found.failures.append(f"compile, {state}: {type(error).__name__}: {error}"[:500])
+                found.failures.append(f"compile, {config} {state}: {type(error).__name__}: {error}"[:500])
                 continue
         if found.breaks > found.eager_breaks:
-            found.failures.append(f"compile, {state}: {found.breaks} graph breaks, eager has {found.eager_breaks}")
-        if len(got) != len(expected) or not all(_close(a, b) for a, b in zip(got, expected, strict=True)):
-            found.failures.append(f"compile, {state}: outputs differ")
+            found.failures.append(
+                f"compile, {config} {state}: {found.breaks} graph breaks, eager has {found.eager_breaks}"
+            )
+        same_length = len(got) == len(expected)
+        if config == WEIGHTS and not (same_length and all(map(_close, got, expected))):
+            found.failures.append(f"compile, {config} {state}: outputs differ")
 
 
 def _compiled(model: nn.Module, call: Call) -> tuple[list[Any], int]:

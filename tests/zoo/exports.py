@@ -22,9 +22,8 @@ from qgraph.errors import ExportError
 from qgraph.exporters.report import ExportReport
 from qgraph.exporters.signature import flatten_inputs, flatten_outputs
 from qgraph.modules import WeightQuantizer
-from tests.zoo.checks import CONFIG, Call, Found, seed
+from tests.zoo.checks import CONFIG, WEIGHTS, Call, Found, seed
 
-WEIGHTS = "W2"
 ROUNDING = 1e-4
 LINE = re.compile(r"\.py:\d+")
 
