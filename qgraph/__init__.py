@@ -20,6 +20,7 @@ from qgraph.prepare import disabled, prepare, set_enabled
 from qgraph.version import __version__
 
 if TYPE_CHECKING:
+    from qgraph.analysis.compare import ModelComparison, compare
     from qgraph.exporters.onnx import export
     from qgraph.exporters.report import ExportReport
     from qgraph.exporters.unpack import unpack
@@ -33,6 +34,7 @@ __all__ = [
     "ExportReport",
     "InspectError",
     "Inspection",
+    "ModelComparison",
     "Pass",
     "PassContext",
     "PassError",
@@ -44,6 +46,7 @@ __all__ = [
     "Rule",
     "SparsitySpec",
     "__version__",
+    "compare",
     "disabled",
     "export",
     "inspect",
@@ -55,9 +58,11 @@ __all__ = [
     "verify",
 ]
 
-# The exporter brings onnx and onnxruntime: imported when first asked for.
+# These bring onnx and onnxruntime, or rich: imported when first asked for.
 _LAZY = {
     "ExportReport": "qgraph.exporters.report",
+    "ModelComparison": "qgraph.analysis.compare",
+    "compare": "qgraph.analysis.compare",
     "export": "qgraph.exporters.onnx",
     "unpack": "qgraph.exporters.unpack",
     "verify": "qgraph.runtime",

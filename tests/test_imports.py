@@ -26,6 +26,7 @@ LAYERS = (
     {"prepare"},
     {"exporters"},
     {"inspection", "checkpoint", "runtime", "workers"},
+    {"analysis"},
     {"demo"},
     {"cli"},
 )

@@ -1,0 +1,172 @@
+"""What every module computes in an .onnx file of ours: its intermediate values made outputs of a copy in memory."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.inliner
+import torch
+from torch import Tensor
+
+from qgraph.analysis.recorded import Recorded
+from qgraph.errors import InspectError
+from qgraph.exporters.outline import DOMAIN
+from qgraph.exporters.probe import session_of
+from qgraph.exporters.report import PARTS, ExportReport, read_report
+
+CANDIDATES = 8  # the last values of a module: an LSTM has its states after its output
+LARGEST = 2**31  # bytes of a model that protobuf holds in memory
+SIZES = ("Shape", "Size")
+
+
+def record_file(name: str, path: Path, tensors: Mapping[str, Tensor]) -> Recorded:
+    """Run a file and keep what its modules compute.
+
+    Raises
+    ------
+    InspectError
+        For a file that is not there or not ours, and when it does not run on the tensors.
+    """
+    if not path.is_file():
+        raise InspectError(f"compare: {name}: {path}: no such file; expected an .onnx file.")
+    report = read_report(path)
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:
+        raise InspectError(f"compare: {name}: {path}: cannot be read: {error}. Export it again.") from error
+    if model.ByteSize() > LARGEST:
+        raise InspectError(f"compare: {name}: {path}: above 2 GB; expected a file that fits one protobuf.")
+    plain = onnx.inliner.inline_local_functions(model) if model.functions else model
+    values = layer_values(model.graph, plain.graph, report)
+    _show(plain.graph, values)
+    outputs = _run(name, path, plain, tensors)
+    found = Recorded(f"{path.name} ({report.target}, {report.config})", is_file=True)
+    for module, candidates in values.items():
+        floats = [torch.from_numpy(outputs[v]) for v in candidates if np.issubdtype(outputs[v].dtype, np.floating)]
+        if floats:
+            found.add(module, floats)
+    return found
+
+
+def layer_values(graph: onnx.GraphProto, plain: onnx.GraphProto, report: ExportReport) -> dict[str, list[str]]:
+    """Module path -> names of the values that may be its output, the likeliest first, in the order of the file.
+
+    A module's output is what its last node computes from data, nodes being named after their modules. Nodes inside a
+    function have no names: there it is the last operation that takes the module's parameters.
+
+    Parameters
+    ----------
+    graph, plain : the graph as it is in the file, and with its functions inlined
+    """
+    produced = list(_computed_from_data(plain))
+    order = {value: i for i, value in enumerate(produced)}
+    values: dict[str, list[str]] = {}
+    sites = {f"{layer.path}.{layer.operand}".strip("."): layer.path for layer in report.layers}
+    tied = {layer.path for layer in report.layers if layer.shared_with or ", " in layer.op}  # whose node is it?
+    for node in graph.node:
+        outputs = [value for value in node.output if value in order]
+        module = _module_of(node, sites)
+        if module is None or module in tied or not outputs:
+            continue
+        if node.domain == DOMAIN:
+            outputs.reverse()  # those of a function are in the order in which it computes them
+        values[module] = [*outputs, *values.get(module, [])][:CANDIDATES]
+        for around in _parents(module):
+            values[around] = outputs
+    for module, output in _by_parameters(plain, order, report).items():
+        if module not in tied:
+            values.setdefault(module, [output])
+    values[""] = [plain.output[0].name]
+    ordered = sorted(values.items(), key=lambda item: (order.get(item[1][0], len(order)), -len(item[0])))
+    return dict(ordered)
+
+
+def _module_of(node: onnx.NodeProto, sites: Mapping[str, str]) -> str | None:
+    """The path of the module that a node is named after; None for the model's own nodes and for quantizers."""
+    stem, slash, _ = node.name.rpartition("/")
+    if not slash:
+        stem = node.name
+        if not stem or re.sub(r"_\d+$", "", stem) == node.op_type:
+            return None
+        if (holder := stem.rpartition(".")[0]) in sites:  # fc.weight.gather: the rows of an embedding
+            return sites[holder]
+    if stem.startswith("qgraph.") or any(site and stem.startswith(f"{site}.") for site in {*sites, *sites.values()}):
+        return None
+    return stem
+
+
+def _parents(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _computed_from_data(graph: onnx.GraphProto) -> Iterator[str]:
+    """The values that depend on the content of the inputs, not on their sizes alone."""
+    known = {item.name for item in graph.input} - {item.name for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type not in SIZES and (known.intersection(node.input) or _reads_inside(node, known)):
+            known.update(node.output)
+            yield from node.output
+
+
+def _reads_inside(node: onnx.NodeProto, known: set[str]) -> bool:
+    bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    return any(known.intersection(inner.input) or _reads_inside(inner, known) for g in bodies for inner in g.node)
+
+
+def _by_parameters(graph: onnx.GraphProto, data: Mapping[str, int], report: ExportReport) -> dict[str, str]:
+    """Module path -> the last value that an operation computes from data and the module's weight or bias."""
+    owner: dict[str, str] = {}
+    for layer in report.layers:
+        if "Gather" not in layer.op:  # an embedding is looked up: its rows are unpacked after that
+            site = f"{layer.path}.{layer.operand}".strip(".")
+            owner |= {f"{site}.{part}": layer.path for part in PARTS}
+    users = Counter(value for node in graph.node for value in set(node.input))
+    for item in report.leftovers:
+        module, _, parameter = item.name.rpartition(".")
+        if (
+            parameter in ("weight", "bias") and users[item.name] == 1
+        ):  # equal parameters are stored once, under one name
+            owner[item.name] = module
+    found: dict[str, str] = {}
+    for node in graph.node:
+        owners = [owner[value] for value in node.input if value in owner]
+        if owners and any(value in data for value in node.input):
+            found[owners[0]] = node.output[0]
+        elif owners and node.op_type not in SIZES:
+            owner |= dict.fromkeys(node.output, owners[0])  # the weight, unpacked a step further
+    return found
+
+
+def _show(graph: onnx.GraphProto, values: Mapping[str, list[str]]) -> None:
+    present = {value.name for value in graph.output}
+    for name in dict.fromkeys(name for names in values.values() for name in names):
+        if name not in present:
+            graph.output.append(onnx.ValueInfoProto(name=name))  # onnxruntime infers the type
+
+
+def _run(name: str, path: Path, model: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    wanted = [item.name for item in model.graph.input]
+    found = dict(tensors)
+    if all(key.isdigit() for key in found):  # no model told the names
+        found = dict(zip(wanted, found.values(), strict=False))
+    if missing := [item for item in wanted if item not in found]:
+        raise InspectError(
+            f"compare: {name}: {path} takes {', '.join(wanted)}, and the inputs hold {', '.join(tensors)}; "
+            f"no {', '.join(missing)} among them."
+        )
+    try:
+        feeds = {item: found[item].detach().cpu().numpy() for item in wanted}
+        session = session_of(model.SerializeToString())
+        names = [item.name for item in session.get_outputs()]
+        return dict(zip(names, session.run(names, feeds), strict=True))
+    except Exception as error:
+        raise InspectError(
+            f"compare: {name} ({path}) does not run on the inputs: {error}. Pass inputs that both accept."
+        ) from error

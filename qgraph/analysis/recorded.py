@@ -1,0 +1,100 @@
+"""What every module of a model computes in one run: by hooks, which are removed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qgraph.errors import InspectError
+from qgraph.graph import config_of, is_prepared
+
+
+@dataclass(slots=True)
+class Recorded:
+    """The outputs of one run by module path; `order` has path and number of each call in the order of execution.
+
+    `calls`: for each call of the module the values that may be its output, the likeliest first: one for a module,
+    several for a file. `kinds`: the module's class. `tied`: modules that share a parameter with another one.
+    """
+
+    title: str
+    calls: dict[str, list[list[Tensor]]] = field(default_factory=dict)
+    order: list[tuple[str, int]] = field(default_factory=list)
+    kinds: dict[str, str] = field(default_factory=dict)
+    tied: set[str] = field(default_factory=set)
+    is_file: bool = False
+
+    def add(self, path: str, candidates: list[Tensor]) -> None:
+        """Keep one more call of a module."""
+        calls = self.calls.setdefault(path, [])
+        self.order.append((path, len(calls)))
+        calls.append(candidates)
+
+
+def record_module(name: str, model: nn.Module, inputs: Any) -> Recorded:
+    """Run a model in eval mode without gradients and keep the first floating tensor of each module's output.
+
+    Raises
+    ------
+    InspectError
+        When the model does not run on the inputs.
+    """
+    from qgraph.exporters.job import unwrapped
+    from qgraph.exporters.signature import flat_model, flatten_inputs
+
+    model = unwrapped(model)
+    found = Recorded(title_of(model), tied=_tied(model))
+    modes = {module: module.training for module in model.modules()}
+    handles = []
+    try:
+        flat = flat_model(model, flatten_inputs(model, inputs, None))
+        for path, module in model.named_modules():
+            if "qgraph" not in path.split("."):
+                found.kinds[path] = type(module).__bases__[0].__name__ if is_prepared(module) else type(module).__name__
+                handles.append(module.register_forward_hook(_Keep(path, found)))
+        model.eval()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            flat.call([tensor.clone() for tensor in flat.inputs.tensors])
+    except Exception as error:
+        raise InspectError(
+            f"compare: {name} ({found.title}) does not run on the inputs: {type(error).__name__}: {error}. "
+            f"Pass inputs that both accept."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return found
+
+
+def _tied(model: nn.Module) -> set[str]:
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(parameter, []).append(name.rpartition(".")[0])
+    return {path for paths in holders.values() if len(set(paths)) > 1 for path in paths}
+
+
+class _Keep:
+    """Forward hook: copies, since a later operation may write into the output."""
+
+    def __init__(self, path: str, found: Recorded) -> None:
+        self.path, self.found = path, found
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        from qgraph.exporters.signature import flatten_outputs
+
+        floats = [t for t in flatten_outputs(output, set())[0] if t.is_floating_point()]
+        if floats:
+            self.found.add(self.path, [floats[0].detach().to("cpu", copy=True)])
+
+
+def title_of(model: nn.Module) -> str:
+    """The class of a model, and the config it is prepared with."""
+    config = config_of(model)
+    if config is None:
+        return type(model).__name__
+    return f"{type(model).__bases__[0].__name__} at {config}"
