@@ -21,6 +21,7 @@ from qgraph.version import __version__
 
 if TYPE_CHECKING:
     from qgraph.analysis.compare import ModelComparison, compare
+    from qgraph.analysis.sensitivity import SensitivityReport, sensitivity
     from qgraph.exporters.onnx import export
     from qgraph.exporters.report import ExportReport
     from qgraph.exporters.unpack import unpack
@@ -44,6 +45,7 @@ __all__ = [
     "QGraphError",
     "QuantSpec",
     "Rule",
+    "SensitivityReport",
     "SparsitySpec",
     "__version__",
     "compare",
@@ -53,6 +55,7 @@ __all__ = [
     "load",
     "prepare",
     "save",
+    "sensitivity",
     "set_enabled",
     "unpack",
     "verify",
@@ -62,8 +65,10 @@ __all__ = [
 _LAZY = {
     "ExportReport": "qgraph.exporters.report",
     "ModelComparison": "qgraph.analysis.compare",
+    "SensitivityReport": "qgraph.analysis.sensitivity",
     "compare": "qgraph.analysis.compare",
     "export": "qgraph.exporters.onnx",
+    "sensitivity": "qgraph.analysis.sensitivity",
     "unpack": "qgraph.exporters.unpack",
     "verify": "qgraph.runtime",
 }

@@ -23,16 +23,19 @@ class Sequence(nn.Module):
 
 @dataclass(frozen=True)
 class Planted:
-    """`layer`: what is spoiled; `weight`: its parameter."""
+    """`layer`: what is spoiled; `weight`: its parameter; `tables`: layers that 4 bits a tensor spoil by themselves."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Any, ...]]
     layer: str
     weight: str
+    tables: tuple[str, ...] = ()
 
 
 PLANTED = {
     "cnn": Planted(CNN, lambda: (torch.randn(4, 3, 16, 16),), "conv2", "weight"),
     "lstm": Planted(Sequence, lambda: (torch.randn(3, 5, 6),), "lstm", "weight_ih_l0"),
-    "transformer": Planted(GPT, lambda: (torch.randint(0, 33, (2, 9)),), "blocks.1.mlp.0", "weight"),
+    "transformer": Planted(
+        GPT, lambda: (torch.randint(0, 33, (2, 9)),), "blocks.1.mlp.0", "weight", ("wte", "wpe", "head")
+    ),
 }

@@ -1,0 +1,327 @@
+"""`sensitivity`: how much quality each layer, and each kind of quantizer, costs.
+
+By evaluations alone, each with other quantizers switched on; nothing of the model is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from qgraph.errors import InspectError
+from qgraph.graph import config_of, is_prepared
+from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
+
+__all__ = ["LayerSensitivity", "SensitivityReport", "sensitivity"]
+
+KINDS: Mapping[str, type[nn.Module]] = {
+    "weights": WeightQuantizer,
+    "activations": ActivationQuantizer,
+    "sparsity": Sparsifier,
+}
+FORMAT = 1  # of the file that is resumed from
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """One layer, or one kind of quantizer.
+
+    Parameters
+    ----------
+    name : str
+        Module path, or ``weights``, ``activations`` or ``sparsity``.
+    kind : {"layer", "kind"}
+    score : float
+        What `evaluate` gave.
+    cost : float
+        Quality lost to it, positive for worse: against the float model where it is quantized alone, against the wholly
+        quantized one where it is left float alone.
+    quantizers : int
+        How many quantizers and sparsifiers it has.
+    """
+
+    name: str
+    kind: str
+    score: float
+    cost: float
+    quantizers: int
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityReport:
+    """What `sensitivity` found, the costliest first; `print` it."""
+
+    title: str
+    how: str
+    lower_is_better: bool
+    float_score: float
+    quantized_score: float
+    layers: tuple[LayerSensitivity, ...]
+    kinds: tuple[LayerSensitivity, ...]
+
+    @property
+    def worst(self) -> LayerSensitivity:
+        """The costliest layer."""
+        return self.layers[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        better = "lower" if self.lower_is_better else "higher"
+        yield f"{self.title}; {better} is better: float {self.float_score:.6g}, quantized {self.quantized_score:.6g}"
+        table = Table()
+        for name in ("quantized alone" if self.how == "quantized" else "left float alone", "score", "cost"):
+            table.add_column(name, justify="right" if name in ("score", "cost") else "left", overflow="fold")
+        for rows in (self.layers, self.kinds):
+            for row in rows:
+                table.add_row(row.name or "the model", f"{row.score:.6g}", f"{row.cost:+.4g}")
+            table.add_section()
+        yield table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120, highlight=False, markup=False, color_system=None)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+
+
+def sensitivity(
+    prepared: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    *,
+    how: Literal["quantized", "float"] = "quantized",
+    lower_is_better: bool = False,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> SensitivityReport:
+    """Rank the layers of a prepared model, and its kinds of quantizers, by the quality that they cost.
+
+    Runs `evaluate` once for the float model, once for the quantized one, and once for each layer and kind. Switches and
+    train or eval modes are as before afterwards. Quantizers that are switched off stay off and count for nothing.
+
+    Parameters
+    ----------
+    prepared : nn.Module
+    evaluate : callable
+        Takes the model and returns a number, the same one for the same model; it must not train.
+    how : {"quantized", "float"}
+        Whether one layer alone is quantized, or one alone is left float.
+    lower_is_better : bool
+        True for a loss or a perplexity.
+    resume : path, optional
+        A JSON file to keep the scores in: a run that was stopped goes on from there.
+    progress : bool
+        Show a bar on a terminal.
+
+    Returns
+    -------
+    SensitivityReport
+
+    Raises
+    ------
+    InspectError
+        For a model that is not prepared or has no active quantizer, an `evaluate` that gives no finite number or
+        changes the weights, and a `resume` file of another model.
+
+    Examples
+    --------
+    >>> print(qgraph.sensitivity(prepared, lambda model: accuracy(model, data)))  # doctest: +SKIP
+    """
+    if how not in ("quantized", "float"):
+        raise InspectError(f"sensitivity: found how={how!r}. Expected 'quantized' or 'float'.")
+    if not isinstance(prepared, nn.Module) or not is_prepared(prepared):
+        raise InspectError(
+            f"sensitivity: {type(prepared).__name__} is not prepared. Expected what qgraph.prepare returns."
+        )
+    scores = _Scores(prepared, evaluate, None if resume is None else Path(resume))
+    scores.take("quantized", None)  # quantizers may be made by the first call
+    layers, kinds = _layers(prepared), _kinds(prepared)
+    if not layers:
+        raise InspectError("sensitivity: no quantizer of the model is active. Switch them on with qgraph.set_enabled.")
+    everything = {id(module) for held in layers.values() for module in held}
+    units = [("layer", name, held) for name, held in layers.items()] + [("kind", *item) for item in kinds.items()]
+    with _bar(progress, len(units) + 2) as advance:
+        advance()
+        scores.take("float", set())
+        advance()
+        for kind, name, held in units:
+            chosen = {id(module) for module in held}
+            scores.take(f"{how} {kind} {name}", chosen if how == "quantized" else everything - chosen)
+            advance()
+    scores.check()
+    base = scores.found["float" if how == "quantized" else "quantized"]
+    sign = (1 if how == "quantized" else -1) * (-1 if lower_is_better else 1)
+    rows = [
+        LayerSensitivity(name, kind, score, sign * (base - score), len(held))
+        for kind, name, held in units
+        for score in (scores.found[f"{how} {kind} {name}"],)
+    ]
+    ranked = sorted(rows, key=lambda row: -row.cost)
+    return SensitivityReport(
+        f"{type(prepared).__bases__[0].__name__} at {config_of(prepared)}",
+        how,
+        lower_is_better,
+        scores.found["float"],
+        scores.found["quantized"],
+        tuple(row for row in ranked if row.kind == "layer"),
+        tuple(row for row in ranked if row.kind == "kind"),
+    )
+
+
+class _Scores:
+    """The scores so far, by name, kept in a file where there is one.
+
+    A score that is not finite is not kept; `check` names those.
+    """
+
+    def __init__(self, prepared: nn.Module, evaluate: Callable[[nn.Module], float], path: Path | None) -> None:
+        self.prepared, self.evaluate, self.path = prepared, evaluate, path
+        self.key = {"format": FORMAT, "config": str(config_of(prepared)), "weights": _fingerprint(prepared)}
+        self.found: dict[str, float] = {} if path is None else _read(path, self.key)
+        self.bad: dict[str, float] = {}
+
+    def take(self, name: str, chosen: set[int] | None) -> None:
+        """Evaluate with the chosen quantizers alone switched on; None for all that are on."""
+        if name in self.found:
+            return
+        versions = [p._version for p in self.prepared.parameters()]
+        with _only(self.prepared, chosen):
+            score = _number(self.evaluate(self.prepared), name)
+        if chosen is not None and [p._version for p in self.prepared.parameters()] != versions:
+            raise InspectError("sensitivity: evaluate changed the weights. Expected a function that only evaluates.")
+        if not math.isfinite(score):
+            self.bad[name] = score
+            if name == "float":
+                self.check()
+            return
+        self.found[name] = score
+        if self.path is not None:
+            partial = self.path.with_name(f"{self.path.name}.partial")
+            partial.write_text(json.dumps({**self.key, "scores": self.found}, indent=2))
+            os.replace(partial, self.path)
+
+    def check(self) -> None:
+        """Say which evaluations gave no finite number."""
+        if not self.bad:
+            return
+        if "float" in self.bad:
+            raise InspectError(
+                f"sensitivity: evaluate gives {self.bad['float']} for the float model, all quantizers off. Expected a "
+                f"finite number; look at the weights, qgraph.compare names the first layer with NaN."
+            )
+        named = [name.split(" ", 2)[2] or "the model" for name in self.bad if " layer " in name]
+        where = f", with {', '.join(named[:4])} alone" if named else ", for the quantized model"
+        raise InspectError(
+            f"sensitivity: evaluate gives {next(iter(self.bad.values()))}{where}. Expected a finite number; "
+            f"qgraph.compare names the first layer with NaN."
+        )
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InspectError(
+            f"sensitivity: evaluate returned {type(value).__name__} for {name!r}. Expected a number, such as the "
+            f"accuracy."
+        ) from error
+
+
+@contextlib.contextmanager
+def _only(prepared: nn.Module, chosen: set[int] | None) -> Iterator[None]:
+    """Switch off what is not chosen; switches and modes are put back."""
+    before = [(module, module.enabled) for module in _active(prepared).values()]
+    modes = [(module, module.training) for module in prepared.modules()]
+    try:
+        for module, _ in before:
+            module.enabled = chosen is None or id(module) in chosen
+        yield
+    finally:
+        for module, enabled in before:
+            module.enabled = enabled
+        for module, training in modes:
+            module.training = training
+
+
+def _active(prepared: nn.Module) -> dict[str, Any]:
+    """Path -> quantizer or sparsifier that is switched on; one that two layers share has two paths."""
+    kinds = tuple(KINDS.values())
+    named = prepared.named_modules(remove_duplicate=False)
+    return {path: module for path, module in named if isinstance(module, kinds) and module.enabled}
+
+
+def _layers(prepared: nn.Module) -> dict[str, list[Any]]:
+    """Path of a module that has quantizers -> those."""
+    found: dict[str, list[Any]] = {}
+    for path, module in _active(prepared).items():
+        parts = path.split(".")
+        found.setdefault(".".join(parts[: parts.index("qgraph")]), []).append(module)
+    return found
+
+
+def _kinds(prepared: nn.Module) -> dict[str, list[Any]]:
+    active = {id(module): module for module in _active(prepared).values()}.values()
+    found = {name: [module for module in active if isinstance(module, kind)] for name, kind in KINDS.items()}
+    return {name: held for name, held in found.items() if held}
+
+
+def _fingerprint(prepared: nn.Module) -> str:
+    """Of the names and bytes of the parameters."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in prepared.named_parameters():
+        if "qgraph" not in name.split("."):  # a learned step may be made by the first call
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: Mapping[str, Any]) -> dict[str, float]:
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text())
+        scores = {str(name): float(score) for name, score in data.pop("scores").items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InspectError(
+            f"sensitivity: {path} cannot be read ({type(error).__name__}). Expected what an earlier run wrote; delete "
+            f"it, or pass another path."
+        ) from error
+    if data != key:
+        changed = ", ".join(name for name in key if data.get(name) != key[name])
+        raise InspectError(
+            f"sensitivity: {path} belongs to another model: its {changed} differ. Delete it, or pass another path."
+        )
+    return scores
+
+
+@contextlib.contextmanager
+def _bar(progress: bool, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on standard error, where that is a terminal."""
+    if not progress or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("sensitivity", total=total)
+        yield lambda: bar.update(task, advance=1)

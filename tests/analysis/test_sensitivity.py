@@ -1,0 +1,197 @@
+"""`sensitivity`: the ranking, the switches, resuming, and what is said of a bad `evaluate`."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qgraph
+from qgraph.errors import InspectError
+from tests.analysis.planted import PLANTED
+from tests.models import CNN, GPT
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def distance(model, inputs):
+    """An `evaluate`: how far a model is from the float one."""
+    with torch.no_grad():
+        wanted = model.eval()(*inputs)
+    model.train()
+
+    def evaluate(prepared):
+        prepared.eval()
+        with torch.no_grad():
+            return F.mse_loss(prepared(*inputs), wanted)
+
+    return evaluate
+
+
+def switches(prepared):
+    return {path: m.enabled for path, m in prepared.named_modules() if hasattr(m, "enabled")}
+
+
+@pytest.mark.parametrize("how", ["quantized", "float"])
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("defect", ["scale", "outlier"])
+def test_a_planted_bad_layer_is_ranked_first(name, defect, how):
+    case = PLANTED[name]
+    model, inputs = case.make(), case.inputs()
+    config = qgraph.QConfig(weight=qgraph.QuantSpec(bits=8, method="lsq"))
+    if defect == "outlier":
+        config = qgraph.QConfig.parse("W4@tensor").with_rules(*(qgraph.Rule(name, None) for name in case.tables))
+        with torch.no_grad():
+            getattr(model.get_submodule(case.layer), case.weight).view(-1)[0] = 3.0
+    prepared = qgraph.prepare(model, config, inputs)
+    if defect == "scale":
+        prepared.get_submodule(f"{case.layer}.qgraph")[case.weight].step.data.mul_(1000)
+    found = qgraph.sensitivity(prepared, distance(model, inputs), how=how, lower_is_better=True)
+    assert found.worst.name == case.layer and found.worst.cost > 3 * max(0.0, found.layers[1].cost), str(found)
+
+
+def test_the_scores_are_those_of_the_switches_set_by_hand():
+    model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
+    prepared = qgraph.prepare(model, "A4W2-2:4", inputs)
+    evaluate = distance(model, inputs)
+    before = switches(prepared)
+    alone = qgraph.sensitivity(prepared, evaluate, lower_is_better=True)
+    without = qgraph.sensitivity(prepared, evaluate, how="float", lower_is_better=True)
+    assert switches(prepared) == before and prepared.training
+    assert alone.float_score == 0 and alone.quantized_score == without.quantized_score > 0
+    assert {row.name for row in alone.layers} == {"conv1", "conv2", "fc"}
+    assert {row.name: row.quantizers for row in alone.kinds} == {"weights": 3, "activations": 3, "sparsity": 3}
+    by_name = {row.name: row for row in (*without.layers, *without.kinds)}
+    with qgraph.disabled(prepared, "conv2*"):
+        assert by_name["conv2"].score == float(evaluate(prepared))
+    assert by_name["conv2"].cost == pytest.approx(without.quantized_score - by_name["conv2"].score)
+    with qgraph.disabled(prepared, "conv1*"), qgraph.disabled(prepared, "fc*"):
+        assert {row.name: row.score for row in alone.layers}["conv2"] == float(evaluate(prepared))
+    with qgraph.disabled(prepared, "*.input"):
+        assert by_name["activations"].score == float(evaluate(prepared))
+
+
+def test_higher_is_better_by_default_and_costs_sort():
+    model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
+    prepared = qgraph.prepare(model, "W1", inputs)
+    evaluate = distance(model, inputs)
+    loss = qgraph.sensitivity(prepared, evaluate, lower_is_better=True)
+    gain = qgraph.sensitivity(prepared, lambda m: -evaluate(m))
+    assert [row.name for row in loss.layers] == [row.name for row in gain.layers]
+    assert [row.cost for row in gain.layers] == sorted((row.cost for row in gain.layers), reverse=True)
+    assert "quantized alone" in str(gain) and "higher is better" in str(gain)
+    assert json.loads(json.dumps(gain.to_dict()))["layers"][0]["name"] == gain.worst.name
+
+
+def test_what_is_switched_off_stays_off_and_tied_layers_share():
+    inputs = (torch.randint(0, 33, (2, 9)),)
+    model = GPT()
+    prepared = qgraph.prepare(model, "W2", inputs)
+    qgraph.set_enabled(prepared, False, "blocks.0*")
+    before = switches(prepared)
+    found = qgraph.sensitivity(prepared, distance(model, inputs), lower_is_better=True)
+    names = {row.name for row in found.layers}
+    assert switches(prepared) == before
+    assert {"wte", "head", "blocks.1.mlp.0"} <= names and not any(name.startswith("blocks.0") for name in names)
+    scores = {row.name: row.score for row in found.layers}
+    assert scores["wte"] == scores["head"] > 0
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
+    prepared = qgraph.prepare(model, "A4W2", inputs)
+    evaluate, path = distance(model, inputs), tmp_path / "scores.json"
+    calls = []
+
+    def counted(limit):
+        def run(m):
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(m)
+            return evaluate(m)
+
+        return run
+
+    before = switches(prepared)
+    with pytest.raises(KeyboardInterrupt):
+        qgraph.sensitivity(prepared, counted(4), resume=path)
+    assert switches(prepared) == before and len(json.loads(path.read_text())["scores"]) == 4
+    found = qgraph.sensitivity(prepared, counted(100), resume=path)
+    assert len(calls) == 2 + 3 + 2 and found == qgraph.sensitivity(prepared, evaluate)
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+    other = qgraph.prepare(model, "A4W3", inputs)
+    with pytest.raises(InspectError, match=r"scores\.json belongs to another model: its config differ"):
+        qgraph.sensitivity(other, evaluate, resume=path)
+    with torch.no_grad():
+        prepared.fc.weight.add_(1)
+    with pytest.raises(InspectError, match="its weights differ"):
+        qgraph.sensitivity(prepared, evaluate, resume=path)
+    path.write_text("[]")
+    with pytest.raises(InspectError, match="cannot be read"):
+        qgraph.sensitivity(prepared, evaluate, resume=path)
+
+
+def test_a_bar_is_shown_on_a_terminal_alone(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
+    prepared, evaluate = qgraph.prepare(model, "W2", inputs), distance(model, inputs)
+    monkeypatch.setenv("TERM", "xterm")
+    for terminal, progress, shown in (
+        (Terminal(), True, True),
+        (Terminal(), False, False),
+        (io.StringIO(), True, False),
+    ):
+        monkeypatch.setattr("sys.stderr", terminal)
+        qgraph.sensitivity(prepared, evaluate, progress=progress)
+        assert ("sensitivity" in terminal.getvalue()) == shown
+
+
+def test_a_model_that_captures_at_its_first_call():
+    model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
+    found = qgraph.sensitivity(qgraph.prepare(model, "W2"), distance(model, inputs), lower_is_better=True)
+    assert {row.name for row in found.layers} == {"conv1", "conv2", "fc"}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_nan_of_one_layer_is_said_with_its_name(name):
+    case = PLANTED[name]
+    model, inputs = case.make(), case.inputs()
+    prepared = qgraph.prepare(model, qgraph.QConfig(weight=qgraph.QuantSpec(bits=8, method="lsq")), inputs)
+    prepared.get_submodule(f"{case.layer}.qgraph")[case.weight].step.data[0] = math.nan
+    with pytest.raises(InspectError, match=f"evaluate gives nan, with {case.layer} alone"):
+        qgraph.sensitivity(prepared, distance(model, inputs))
+
+
+def test_wrong_use_is_said():
+    model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
+    prepared = qgraph.prepare(model, "W2", inputs)
+    with pytest.raises(InspectError, match="is not prepared"):
+        qgraph.sensitivity(model, lambda m: 1.0)
+    with pytest.raises(InspectError, match="found how='alone'"):
+        qgraph.sensitivity(prepared, lambda m: 1.0, how="alone")
+    for value in (None, "0.5", torch.zeros(2)):
+        with pytest.raises(InspectError, match="Expected a number"):
+            qgraph.sensitivity(prepared, lambda m, value=value: value)
+    with pytest.raises(InspectError, match="inf for the float model"):
+        qgraph.sensitivity(prepared, lambda m: math.inf)
+
+    def trains(m):
+        with torch.no_grad():
+            m.fc.weight.add_(0.1)
+        return 1.0
+
+    with pytest.raises(InspectError, match="changed the weights"):
+        qgraph.sensitivity(prepared, trains)
+    qgraph.set_enabled(prepared, False)
+    with pytest.raises(InspectError, match="no quantizer of the model is active"):
+        qgraph.sensitivity(prepared, lambda m: 1.0)
