@@ -242,11 +242,11 @@ def _paths(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
         after.append(path if path is not None else (after[-1] if after else ""))
     before = ""
     for node, path, following in zip(nodes, paths, reversed(after), strict=True):
-        before = path if path is not None else _common(before, following)
+        before = path if path is not None else common_path(before, following)
         yield node, before
 
 
-def _common(one: str, other: str) -> str:
+def common_path(one: str, other: str) -> str:
     """The innermost module that holds both, or is one of them."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return ".".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

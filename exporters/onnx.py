@@ -184,7 +184,6 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     report = _report(job, model, lowered, plan, notes, path, own)
     merge_reshapes(model.graph)
     remove_unused(model.graph)
-    modules = {name: type(module).__name__ for name, module in job.model.named_modules()}
     owned_by = owners(model.graph)
     thin_names(lowered.nodes)
     drop_defaults(model.graph)
@@ -192,18 +191,7 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     _stamp(model, report)
     file = folder / path.name
     job.say("writing")
-    save(model, file)
-
-    def too_large() -> bool:
-        return file.stat().st_size > NODE_SHARE * report.ideal_bytes + NODE_BYTES
-
-    if too_large():
-        module_names(model.graph, modules)
-        save(model, file)
-    if job.target == "ort" and too_large():
-        outlined = ir.load(file)  # a copy: the comparison layer by layer needs the plain one
-        outline(outlined, owned_by, modules)
-        save(outlined, file)
+    _save(job, model, owned_by, file, limit=int(NODE_SHARE * report.ideal_bytes) + NODE_BYTES)
     check(file)
     try:
         verified = _verify(job, plan, file, folder, model, lowered, layers) if verify else None
@@ -212,6 +200,19 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
             raise _draws_at_random(job, traced.random) from error
         raise
     return _Built(report, verified)
+
+
+def _save(job: Job, model: ir.Model, owned_by: Sequence[str], file: Path, limit: int) -> None:
+    """Write the model, with fewer names and its repeated modules once where it is above `limit` bytes."""
+    modules = {name: type(module).__name__ for name, module in job.model.named_modules()}
+    save(model, file)
+    if file.stat().st_size > limit:
+        module_names(model.graph, modules)
+        save(model, file)
+    if file.stat().st_size > limit and job.target == "ort":
+        outlined = ir.load(file)  # a copy: the comparison layer by layer needs the plain one
+        outline(outlined, owned_by, modules)
+        save(outlined, file)
 
 
 def _report(
@@ -282,7 +283,7 @@ def _verify(
     lowered: Lowered,
     layers: dict[str, ir.Value],
 ) -> Verified:
-    owners = {site.rpartition(".")[0] for site in lowered.weights}
+    weighted = {site.rpartition(".")[0] for site in lowered.weights}
     examples = [Example("the example", job.flat.inputs.tensors, job.reference)]
     if plan.second is not None and plan.reference is not None:
         examples.append(Example("a second shape", plan.second, plan.reference))
@@ -293,7 +294,7 @@ def _verify(
         model,
         lowered.activations,
         job.collected.activations,
-        {path: value for path, value in layers.items() if path in owners},
+        {path: value for path, value in layers.items() if path in weighted},
         job.say,
         rounding_kernels=job.float_kernels and job.target == "ort",
     )

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import onnx_ir as ir
 
-from qgraph.exporters.naming import SHARED, identifiers, stem
+from qgraph.exporters.naming import SHARED, common_path, identifiers, stem
 
 DOMAIN = "model"
 SHORTEST = 4  # nodes
+LIFTED = 16  # nodes, at most, that go before the module they stood in
 NODE, CALL, INPUT, FUNCTION = 22, 40, 4, 80  # bytes, about
 
 
@@ -51,7 +53,7 @@ def outline(model: ir.Model, owned_by: Sequence[str], modules: Mapping[str, str]
     """
     graphs = [model.graph]
     owner = dict(zip(model.graph, owned_by, strict=True))
-    model.graph.extend(_hoisted(owner))  # moves them: the order is now this one
+    model.graph.extend(_lifted(_hoisted(owner), owner))  # moves them: the order is now this one
     names: set[str] = set()
     while True:
         chunks = max(_alike(graphs, owner), key=_saved, default=[])
@@ -92,6 +94,55 @@ def _hoisted(owner: dict[ir.Node, str]) -> list[ir.Node]:
     return [*shared, *(node for node in owner if node not in shared)]
 
 
+def _lifted(nodes: list[ir.Node], owner: dict[ir.Node, str]) -> list[ir.Node]:
+    """What the first of several modules computes for the others too goes before that module.
+
+    A mask, say, that the tracer found to be the same in every layer.
+    """
+    place = {node: (float(i), 0) for i, node in enumerate(nodes)}
+    first: dict[str, int] = {}
+    for i, node in enumerate(nodes):
+        for path in _with_parents(owner[node]):
+            first.setdefault(path, i)
+    for node in nodes:
+        users = [owner[use.node] for value in node.outputs for use in value.uses() if use.node in owner]
+        around = reduce(common_path, users, owner[node])
+        inside = [path for path in _with_parents(owner[node]) if len(path) > len(around)]
+        if not inside or not any(_is_in(path, inside[0]) for path in users):
+            continue
+        needed, others = _made_inside(node, inside[0], owner)
+        if len(needed) <= LIFTED and all(place[maker][0] < first[inside[0]] for maker in others):
+            for maker in needed:
+                place[maker], owner[maker] = (first[inside[0]] - 0.5, len(around)), around
+    return sorted(nodes, key=place.__getitem__)
+
+
+def _made_inside(node: ir.Node, path: str, owner: Mapping[ir.Node, str]) -> tuple[set[ir.Node], set[ir.Node]]:
+    """The nodes of a module that a node of it needs, itself included, and those outside that they need."""
+    needed, others, todo = {node}, set(), [node]
+    while todo:
+        for value in todo.pop().inputs:
+            maker = None if value is None else value.producer()
+            if maker is None or maker in needed:
+                continue
+            if _is_in(owner[maker], path):
+                needed.add(maker)
+                todo.append(maker)
+            else:
+                others.add(maker)
+    return needed, others
+
+
+def _is_in(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
+
+
+def _with_parents(path: str) -> list[str]:
+    """``a``, ``a.b``, ``a.b.c`` of ``a.b.c``."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def _alike(graphs: Sequence[ir.Graph], owner: Mapping[ir.Node, str]) -> Iterator[list[_Chunk]]:
     """Chunks of one pattern, in any of the graphs, none in another; several at least."""
     groups: dict[Any, list[_Chunk]] = {}
@@ -123,10 +174,8 @@ def _runs(graph: ir.Graph, owner: Mapping[ir.Node, str]) -> Iterator[tuple[str, 
     nodes = list(graph)
     places: dict[str, list[int]] = {}
     for i, node in enumerate(nodes):
-        path = owner[node]
-        while path:
+        for path in _with_parents(owner[node]):
             places.setdefault(path, []).append(i)
-            path = path.rpartition(".")[0]
     for path, found in sorted(places.items(), key=lambda item: len(item[0])):
         if SHORTEST <= len(found) == found[-1] - found[0] + 1 < len(nodes):
             yield path, nodes[found[0] : found[-1] + 1]
