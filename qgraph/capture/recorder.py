@@ -30,6 +30,7 @@ from qgraph.capture.serialize import RESERVED, new_graph
 from qgraph.capture.source import definition, locate
 from qgraph.capture.structure import Unsupported, signature, walk
 from qgraph.capture.values import Expression, Leaf, plain
+from qgraph.graph import STATE
 
 if TYPE_CHECKING:
     from qgraph.capture.state import ModuleState
@@ -242,7 +243,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         if torch.is_inference_mode_enabled():
             raise Unsupported("enters inference mode")
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not self._hooks:
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) != self._hooks:
             raise Unsupported("runs under saved-tensor hooks (activation checkpointing)")
         name = calls.name_of(func)
         if name in calls.HARMLESS:
@@ -340,7 +341,7 @@ class Recorder(TorchFunctionMode):
             node.meta["where"] = where
             node.meta["holds_parameters"] = next(module.parameters(), None) is not None
             self.counters.show()
-            if not isinstance(result, Tensor):
+            if not isinstance(result, Tensor) or _holds_python(module):
                 self._check(check_structure, (node, signature(result), where))
             seen = self.values.result(node, result, args, kwargs, versions, False)
             if not isinstance(result, Tensor):
@@ -387,6 +388,11 @@ class Recorder(TorchFunctionMode):
 def check_structure(value: Any, expected: Any, where: str) -> None:
     """Raise `GuardMiss` unless a child returned the structure (types, None-ness, constants) that it did before."""
     check(signature(value), expected, where, by_size=False)
+
+
+def _holds_python(module: nn.Module) -> bool:
+    """Whether a child or one below it runs as Python, so that data may decide what it returns."""
+    return any(getattr(m.__dict__.get(STATE), "opaque", None) for m in module.modules())
 
 
 def _leaves(expression: Any) -> Iterator[Leaf]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qgraph
-from qgraph.graph import coverage
+from qgraph.graph import STATE, coverage
 
 
 class Once(nn.Module):
@@ -64,6 +64,58 @@ def test_a_child_that_returns_another_structure_after_its_parent_was_captured():
             model.child.both = prepared.child.both = both
             ours, theirs = prepared(x), model(x)
             assert torch.equal(ours, theirs) and ours.requires_grad and torch.is_grad_enabled()
+
+
+class SometimesPair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y if x.sum() > 0 else (y, x)
+
+
+class Around(nn.Module):
+    """A graph between the child that data decides about and the one that takes what it returns apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = SometimesPair()
+
+    def forward(self, x):
+        return self.child(x)
+
+
+class Takes(nn.Module):
+    def __init__(self, child):
+        super().__init__()
+        self.child, self.norm = child, nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        y = self.child(self.norm(x).abs() * x)
+        return y if isinstance(y, torch.Tensor) else y[0] + y[1]
+
+
+@pytest.mark.parametrize("make", [SometimesPair, Around])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("config", ["A8W4", "W4"])
+def test_a_child_whose_data_decide_between_a_tensor_and_a_pair(make, sign, config):
+    model = Takes(make())
+    x = sign * torch.rand(3, 4).add(1)
+    prepared = qgraph.prepare(model, config, (x,))
+    with qgraph.disabled(prepared):
+        for now in (x, -x, -x, x, -x):
+            assert torch.equal(prepared(now), model(now))
+    for now in (x, -x, x):
+        prepared(now).sum().backward()
+    assert coverage(prepared).sites == coverage(prepared).sites_quantized == 1
+
+
+def test_a_child_that_is_a_graph_is_not_asked_for_its_structure():
+    prepared = qgraph.prepare(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))), "A8W4", torch.randn(2, 4))
+    assert coverage(prepared).graphs and not coverage(prepared).opaque
+    assert all(v.late_guards == 0 for m in prepared.modules() for v in getattr(vars(m).get(STATE), "variants", ()))
 
 
 class Fails(nn.Module):
