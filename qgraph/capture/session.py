@@ -15,7 +15,7 @@ from qgraph.capture.checkpointing import repeatable
 from qgraph.capture.opaque import quantized_again
 from qgraph.capture.patches import patched
 from qgraph.capture.recorder import Recorder
-from qgraph.capture.source import definition
+from qgraph.capture.source import definition, within_call_of
 from qgraph.capture.state import ModuleState
 from qgraph.capture.structure import Unsupported
 from qgraph.capture.values import plain
@@ -36,7 +36,7 @@ def capturing(quantize: bool, reason: str | None = None, where: str | None = Non
     """Run code with every module forward recorded; see `Session`."""
     session, outer = Session(quantize, reason, where), current()
     try:
-        with patched(current), repeatable(quantized_again):
+        with patched(current), repeatable(_checkpointed):
             active.add(1)
             _local.session = session
             yield session
@@ -44,6 +44,17 @@ def capturing(quantize: bool, reason: str | None = None, where: str | None = Non
         if current() is session:
             _local.session = outer
             active.add(-1)
+
+
+def _checkpointed(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+    """A function is checkpointed: by a forward, which no graph holds then, or by the `__call__` of a child's class,
+    which a graph calls all the same.
+    """
+    session = current()
+    recorder = None if session is None else session.recorder
+    if recorder is not None and not within_call_of(nn.Module, Recorder.run.__code__):
+        recorder.fail("checkpoints activations")
+    return quantized_again(function, args)
 
 
 class _Active:

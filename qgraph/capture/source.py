@@ -47,6 +47,17 @@ def raised_at(error: BaseException) -> str:
     return found
 
 
+def within_call_of(kind: type, outermost: CodeType) -> bool:
+    """Whether a `__call__` written in Python, of an object of `kind`, is running inside of the frame of `outermost`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not outermost:
+        code = frame.f_code
+        if code.co_name == "__call__" and code.co_argcount and isinstance(frame.f_locals[code.co_varnames[0]], kind):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def definition(function: object) -> str:
     """``file:line`` where a function is written."""
     code = getattr(function, "__code__", None) or getattr(getattr(function, "__wrapped__", None), "__code__", None)

@@ -144,6 +144,68 @@ def test_a_derived_weight_keeps_its_quantizer_inside_a_checkpoint(reentrant):
     assert found[0][1] == found[1][1] and len(found[0][1]) == 3
 
 
+class Part(nn.Module):
+    """Says how often its forward runs, and has statistics that each run changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        return self.norm(self.fc(x)).tanh()
+
+
+class OnlyCheckpoints(nn.Module):
+    """A forward that is nothing but a checkpointed child."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.child, self.reentrant = Part(), reentrant
+
+    def forward(self, x):
+        return checkpoint(self.child, x, use_reentrant=self.reentrant)
+
+
+class CheckpointsItself(Part):
+    """As the layers of transformers do."""
+
+    def __call__(self, x):
+        return checkpoint(super().__call__, x, use_reentrant=False)
+
+
+class Holds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child = CheckpointsItself()
+
+    def forward(self, x):
+        return self.child(x)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize(
+    ("make", "opaque"),
+    [(lambda: OnlyCheckpoints(True), {""}), (lambda: OnlyCheckpoints(False), {""}), (Holds, set())],
+    ids=["reentrant", "other", "own"],
+)
+def test_a_checkpointed_child_runs_again_in_backward_as_in_eager(make, opaque, capture):
+    torch.manual_seed(0)
+    model, x = make(), X.clone().requires_grad_()
+    prepared = qgraph.prepare(model, "A4W2", x if capture else None)
+    found = []
+    for each in (model, prepared):
+        runs = []
+        each.child.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        with qgraph.disabled(prepared):
+            for _ in range(2):  # without an example, the first is recorded
+                each.zero_grad()
+                each(x).square().sum().backward()
+        found.append({"runs": torch.tensor(len(runs)), **gradients(each), **dict(each.child.norm.named_buffers())})
+    assert found[0]["runs"] == 4 and same(found[1], found[0])
+    assert {entry.path for entry in coverage(prepared).opaque} == opaque
+    assert coverage(prepared).graphs > 0 and coverage(prepared).sites_quantized == coverage(prepared).sites == 1
+
+
 def test_a_checkpoint_keeps_no_activation_of_the_forward():
     class Watched(Checkpointed):
         def mix(self, x):
