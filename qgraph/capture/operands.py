@@ -15,7 +15,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from qgraph.capture.calls import transformed
 from qgraph.capture.source import locate
 from qgraph.capture.state import ModuleState, find_attribute, is_weight
-from qgraph.capture.structure import walk
+from qgraph.capture.structure import tensors_in, walk
 from qgraph.placement import Placed, Site, place
 from qgraph.sites import CONSTANT, DATA, Source, combine, site_call, swaps_last_two
 
@@ -64,7 +64,7 @@ class OperandTracker:
 
     def follow_child(self, module: nn.Module, path: str, args: Any, kwargs: Any, result: Any) -> None:
         """Note the source of what a child module returned: a parametrization makes a weight out of its own."""
-        if _tensors((*args, *kwargs.values())):
+        if tensors_in((*args, *kwargs.values())):
             self._note(result, DATA)
         elif next(module.parameters(), None) is not None:
             self._note(result, Source("parameter", (path,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import types
 
@@ -244,3 +245,37 @@ def test_a_graph_with_a_grouped_product_runs_under_compile():
     prepared = qgraph.prepare(Experts(), "W4", args)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(prepared, backend="eager")(*args), prepared(*args))
+
+
+@dataclasses.dataclass
+class Pair:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class TakesPair(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+
+    def forward(self, pair):
+        return self.fc(pair.x) + pair.y
+
+
+class GivesPair(torch.nn.Module):
+    """The weight's other operand comes from a child whose tensors are inside of an object."""
+
+    def __init__(self, branches):
+        super().__init__()
+        self.child, self.w, self.branches = TakesPair(), torch.nn.Parameter(torch.randn(4, 4)), branches
+
+    def forward(self, x):
+        y = self.child(Pair(x, x)) @ self.w
+        return y if not self.branches or y.sum() > 0 else -y
+
+
+@pytest.mark.parametrize("branches", [True, False])
+def test_what_a_child_makes_of_an_object_with_tensors_is_data(branches):
+    prepared = qgraph.prepare(GivesPair(branches), "A8W4", torch.randn(2, 4))
+    assert {s.name: s.reason for s in sites(prepared)} == {"child.fc.weight": None, "w": None}
+    assert bool(coverage(prepared).opaque) is branches
