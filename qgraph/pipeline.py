@@ -133,13 +133,19 @@ class Pipeline:
         """Run every pass on one captured graph, with checks in between."""
         context = PassContext(owner, variant.training)
         modified = False
+        shared = owner.shared
+        prefix = shared.dump.begin(owner.path, variant.training, variant.graph) if shared.dump else ""
         for index, rewriting in enumerate(self.passes):
             start = time.perf_counter()
             result = self._run_one(rewriting, index, variant.graph, context)
             modified |= result.modified
-            owner.shared.notes.extend(result.notes)
+            seconds = time.perf_counter() - start
+            shared.notes.extend(result.notes)
+            shared.seconds[rewriting.name] = shared.seconds.get(rewriting.name, 0.0) + seconds
+            if shared.dump:
+                shared.dump.write(prefix, index + 1, rewriting.name, owner.path, variant.graph, seconds)
             if self.callback is not None:
-                self.callback(rewriting.name, owner.path, variant.graph, time.perf_counter() - start)
+                self.callback(rewriting.name, owner.path, variant.graph, seconds)
         variant.compile()
         return modified
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from qgraph.capture.driver import capture, install_all
 from qgraph.config import QConfig
+from qgraph.dump import Dump
 from qgraph.errors import CaptureError, ConfigError, QGraphError
 from qgraph.graph import STATE, Shared, coverage, is_prepared, matches_site, quantizer_modules, sites
 from qgraph.passes import default_pipeline
@@ -25,6 +27,7 @@ def prepare(
     example_kwargs: Mapping[str, Any] | None = None,
     inplace: bool = False,
     strict: bool = False,
+    dump_dir: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Rewrite a model so that it trains, and runs, with quantized and sparse weights and activations.
 
@@ -46,6 +49,9 @@ def prepare(
         Rewrite the model itself instead of a deep copy: for an optimizer made before.
     strict : bool
         Raise CaptureError for a site that stays float or a module that stays Python with sites in it.
+    dump_dir : path, optional
+        A folder to write each graph to, as text and JSON, as captured and after each pass, numbered; graphs captured
+        later too.
 
     Raises
     ------
@@ -67,6 +73,7 @@ def prepare(
     config.check_rules(model.named_modules())
     prepared = model if inplace else _copy_of(model)
     shared = Shared(config, default_pipeline(), strict=strict, model_name=type(model).__name__)
+    shared.dump = None if dump_dir is None else Dump(dump_dir)
     shared.configs = config.resolve_all(prepared)
     install_all(prepared, shared)
     place_in_standard_layers(prepared)

@@ -21,6 +21,7 @@ LAYERS = (
     {"modules", "sites"},
     {"placement"},
     {"graph", "capture"},
+    {"dump"},
     {"pipeline"},
     {"passes"},
     {"prepare"},
@@ -31,8 +32,8 @@ LAYERS = (
     {"cli"},
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-# Upwards, inside a function, on purpose: a config shows the passes that it stands for.
-DEFERRED = {("config", "passes")}
+# Upwards, inside a function, on purpose: a config shows the passes that it stands for, a dump is readable text.
+DEFERRED = {("config", "passes"), ("dump", "inspection")}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -22,6 +22,7 @@ from qgraph.inspection.prepared import in_order_of_use, prepared_layers
 if TYPE_CHECKING:
     import networkx
 
+    from qgraph.inspection.rewritten import PassRecord, RewrittenCode
     from qgraph.pipeline import Note
 
 
@@ -81,6 +82,35 @@ class Inspection:
         """Module path -> its captured graphs as readable code, with mode, guards, and the user's lines."""
         prepared = isinstance(self.source, nn.Module) and is_prepared(self.source)
         return model_graphs(self.source) if prepared else {}  # type: ignore[arg-type]
+
+    def code(self, path: str) -> RewrittenCode:
+        """The captured code of one module before and after the rewrite as a unified diff; `print` it.
+
+        Parameters
+        ----------
+        path : str
+            Module path, such as ``encoder.0``; "" is the model itself.
+
+        Raises
+        ------
+        InspectError
+            For a model that is not prepared, a file, or a module that has no captured graph.
+        """
+        from qgraph.inspection.rewritten import rewritten_code
+
+        return rewritten_code(self._prepared_source("code"), path)
+
+    @property
+    def passes(self) -> tuple[PassRecord, ...]:
+        """What each pass did, site by site, with the seconds that it took over all graphs."""
+        from qgraph.inspection.rewritten import pass_records
+
+        return pass_records(self._prepared_source("passes"))
+
+    def _prepared_source(self, what: str) -> nn.Module:
+        if isinstance(self.source, nn.Module) and is_prepared(self.source):
+            return self.source
+        raise InspectError(f"inspect: {self.title} has no {what}. Expected a model that qgraph.prepare returned.")
 
     def to_networkx(self) -> networkx.DiGraph:
         """The whole model as one graph: operations and parameters as nodes, data flow as edges.
