@@ -140,6 +140,11 @@ def _run_checked(
     key = shapes(call.values)
     before = None if key in variant.validated else Snapshot(module, call.values, contents=variant.in_place)
     try:
+        if before is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            # A checkpoint counts the tensors saved: a run that may be taken back must save none.
+            with torch.no_grad():
+                variant.run(module, call.values)
+            before.restore()
         result = variant.run(module, call.values)
     except GuardMiss as miss:
         variant.validated.clear()  # a child does something else than it did at these sizes

@@ -206,6 +206,31 @@ def test_a_checkpointed_child_runs_again_in_backward_as_in_eager(make, opaque, c
     assert coverage(prepared).graphs > 0 and coverage(prepared).sites_quantized == coverage(prepared).sites == 1
 
 
+class BySize(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        x = self.norm(self.fc(x))
+        return x / 2 if x.shape[0] > 5 else x * 2
+
+
+def test_a_graph_that_does_not_hold_inside_a_checkpoint_saves_nothing():
+    torch.manual_seed(0)
+    model = OnlyCheckpoints(False)
+    model.child = BySize()
+    prepared = qgraph.prepare(model, "A4W2", X)
+    with qgraph.disabled(prepared):
+        for x in (X, torch.cat([X, X]), X[:3], torch.cat([X, X])):
+            for each in (model, prepared):
+                each.zero_grad()
+                each(x).square().sum().backward()
+            assert same(gradients(prepared), gradients(model))
+            assert same(dict(prepared.child.norm.named_buffers()), dict(model.child.norm.named_buffers()))
+    assert coverage(prepared).guard_misses == 1 and {entry.path for entry in coverage(prepared).opaque} == {""}
+
+
 def test_a_checkpoint_keeps_no_activation_of_the_forward():
     class Watched(Checkpointed):
         def mix(self, x):
