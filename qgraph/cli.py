@@ -1,4 +1,4 @@
-"""The command line: `qgraph demo | inspect | diff | export | verify | bench`, every one with `--json`.
+"""The command line: `qgraph demo | inspect | diff | compare | export | verify | bench`, every one with `--json`.
 
 Parsing and printing live here, and nothing else: each command calls one public function. Imports stand inside
 the functions, so that `qgraph --help` answers at once.
@@ -70,6 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     diff = _command(commands, "diff", _diff, "which weights two models or files treat differently; 1 if any")
     diff.add_argument("a", help=f"an .onnx file, or {FACTORY}")
     diff.add_argument("b", help="the same")
+
+    compare = _command(commands, "compare", _compare, "run two models or files and compare them layer by layer")
+    compare.add_argument("a", help=f"an .onnx file, or {FACTORY}; the reference")
+    compare.add_argument("b", help="the same")
+    compare.add_argument("--config", help="prepare b with this config first")
+    compare.add_argument(
+        "--threshold",
+        type=float,
+        metavar="DB",
+        help="exit with 1 if a layer's signal-to-noise ratio is below; NaN does so in any case",
+    )
+    _takes_inputs(compare)
 
     export = _command(commands, "export", _export, "a saved checkpoint as an ONNX file")
     export.add_argument("checkpoint", type=Path, help="what qgraph.save wrote")
@@ -181,6 +193,35 @@ def _diff(options: argparse.Namespace) -> int:
     else:
         print(found)
     return WRONG if found.changes else 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from qgraph.analysis.compare import compare
+
+    sides: list[Any] = []
+    example: Any = tuple(map(_example, options.input)) or None
+    for target in (options.a, options.b):
+        model, own = (Path(target), None) if _is_file(target) else _model(target, [])
+        sides.append(model)
+        example = own if example is None else example
+    if example is None:
+        raise InspectError("found no example inputs; expected --input, or a factory that returns (model, inputs).")
+    if options.config:
+        if isinstance(sides[1], Path):
+            raise InspectError(f"{options.b}: --config belongs to a model, not to a file.")
+        from qgraph.prepare import prepare
+
+        sides[1] = prepare(sides[1], options.config, example)
+    found = compare(sides[0], sides[1], example)
+    drop = found.first_drop(float("-inf") if options.threshold is None else options.threshold)
+    if options.json:
+        data = {**found.to_dict(), "threshold": options.threshold, "first_drop": drop.to_dict() if drop else None}
+        _print_json(data)
+    else:
+        print(found)
+        if drop:
+            print(f"first drop: {drop.name}")
+    return WRONG if drop else 0
 
 
 def _export(options: argparse.Namespace) -> int:

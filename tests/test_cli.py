@@ -51,6 +51,12 @@ def prepared():
     return qgraph.prepare(model, "A4W2", example), example
 
 
+def not_a_number():
+    model = net()
+    torch.nn.init.constant_(model.fc.bias, float("nan"))
+    return model
+
+
 def wider():
     model = Net()
     model.fc = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
@@ -129,6 +135,24 @@ def test_diff(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "shape" in out and "added" in out
 
 
+def test_compare(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = work / "net.onnx"
+    code, out, _ = run(capsys, "compare", "zoo_of_cli:prepared", file, "--threshold", "90", "--json")
+    data = json.loads(out)
+    assert code == 0 and data["first_drop"] is None
+    assert [layer["path"] for layer in data["layers"]] == ["conv", "fc", ""]
+    code, out, _ = run(capsys, "compare", "zoo_of_cli:net", file, "--input", "3x1x8x8", "--threshold", "60")
+    assert code == 1 and "first drop: conv" in out and "SNR dB" in out
+    command = ("compare", "zoo_of_cli:net", "zoo_of_cli:with_example", "--config", "W1", "--json")
+    code, out, _ = run(capsys, *command)
+    assert code == 0 and json.loads(out)["b"] == "Net at W1"
+    assert run(capsys, *command, "--threshold", "60")[0] == 1
+    assert run(capsys, "compare", file, file, "--input", "2x1x8x8", "--threshold", "90")[0] == 0
+    code, out, _ = run(capsys, "compare", "zoo_of_cli:with_example", "zoo_of_cli:not_a_number", "--json")
+    data = json.loads(out)
+    assert code == 1 and data["first_drop"]["path"] == "fc" and "NaN in b" in data["first_drop"]["problem"]
+
+
 def test_export_then_verify(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, file = work / "net.safetensors", tmp_path / "out.onnx"
     code, out, _ = run(capsys, "export", checkpoint, "zoo_of_cli:with_example", file, "--json")
@@ -174,6 +198,11 @@ def test_bench(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["inspect", "zoo_of_cli:net", "--config", "W9"], "Did you mean 'W8'?"),
         (["inspect", "zoo_of_cli:net", "--input", "axb"], "expected SHAPE[:DTYPE]"),
         (["inspect", "missing.onnx", "--config", "W4"], "belong to a model, not to a file"),
+        (["compare", "zoo_of_cli:net", "zoo_of_cli:net"], "found no example inputs; expected --input"),
+        (["compare", "zoo_of_cli:with_example", "missing.onnx"], "missing.onnx: no such file"),
+        (["compare", "zoo_of_cli:net", "a.onnx", "--config", "W4", "--input", "1"], "belongs to a model"),
+        (["compare", "zoo_of_cli:with_example", "zoo_of_cli:wider"], "'conv' gives (2, 8, 6, 6) in a"),
+        (["compare", "zoo_of_cli:net", "zoo_of_cli:net", "--input", "2x3x8x8"], "does not run on the inputs"),
         (["export", "missing", "zoo_of_cli:net", "x.onnx"], "gives no example inputs"),
         (["export", "missing", "zoo_of_cli:with_example", "x.onnx"], "cannot be read as a checkpoint"),
         (["verify", "x.onnx", "zoo_of_cli:with_example"], "gives a float model"),
@@ -205,7 +234,7 @@ def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
     assert "usage: qgraph" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "diff", "export", "verify", "bench"])
+@pytest.mark.parametrize("command", ["demo", "inspect", "diff", "compare", "export", "verify", "bench"])
 def test_every_command_takes_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_code:
         main([command, "--help"])
