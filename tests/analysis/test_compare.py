@@ -95,6 +95,15 @@ def test_two_configs_and_two_checkpoints():
     assert qgraph.compare(fine, other, inputs).first_drop(60).path == "blocks.0.mlp.2"
 
 
+def test_keyword_inputs_and_wrapped_models():
+    case = PLANTED["transformer"]
+    model, inputs = case.make(), case.inputs()
+    prepared = qgraph.prepare(model, "W2", inputs)
+    found = qgraph.compare(model, torch.nn.DataParallel(prepared), {"ids": inputs[0]})
+    assert found == qgraph.compare(model, prepared, inputs) and len(found.rows) > 20
+    assert not any(m._forward_hooks for m in prepared.modules())
+
+
 def exported(model, config, x, path, target="ort"):
     prepared = qgraph.prepare(model, config, x).eval()
     qgraph.export(prepared, path, x, target=target, verify=False, progress=False)
