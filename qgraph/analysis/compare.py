@@ -229,6 +229,8 @@ def _aligned(a: Recorded, b: Recorded) -> ModelComparison:
             )
         if x.numel():
             rows.append(_difference(path, call, kind, x, y))
+    if not rows and any(x.numel() == 0 for calls in a.calls.values() for x in calls[-1]):
+        raise InspectError("compare: the inputs hold no values. Expected at least one sample.")
     inner = any(a.calls.keys() - {""}) and any(b.calls.keys() - {""})
     if not rows or (inner and not any(row.path for row in rows)):
         raise InspectError(

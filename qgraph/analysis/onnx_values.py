@@ -151,6 +151,11 @@ def _show(graph: onnx.GraphProto, values: Mapping[str, list[str]]) -> None:
             graph.output.append(onnx.ValueInfoProto(name=name))  # onnxruntime infers the type
 
 
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # files compute in float32
+
+
 def _run(name: str, path: Path, model: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     wanted = [item.name for item in model.graph.input]
     found = dict(tensors)
@@ -162,7 +167,7 @@ def _run(name: str, path: Path, model: onnx.ModelProto, tensors: Mapping[str, Te
             f"no {', '.join(missing)} among them."
         )
     try:
-        feeds = {item: found[item].detach().cpu().numpy() for item in wanted}
+        feeds = {item: _array(found[item]) for item in wanted}
         session = session_of(model.SerializeToString())
         names = [item.name for item in session.get_outputs()]
         return dict(zip(names, session.run(names, feeds), strict=True))

@@ -212,6 +212,8 @@ def test_wrong_use_is_said(tmp_path):
         qgraph.compare(model, model, (x, x))
     with pytest.raises(InspectError, match="hold no tensor"):
         qgraph.compare(model, model, (3,))
+    with pytest.raises(InspectError, match="the inputs hold no values"):
+        qgraph.compare(nn.Linear(3, 2), nn.Linear(3, 2), torch.ones(0, 3))
     with pytest.raises(InspectError, match="b is a int"):
         qgraph.compare(model, 3, x)
     with pytest.raises(InspectError, match="no such file"):
@@ -221,6 +223,7 @@ def test_wrong_use_is_said(tmp_path):
         qgraph.compare(model, tmp_path / "theirs.onnx", x)
     ours = tmp_path / "ours.onnx"
     qgraph.export(qgraph.prepare(nn.Linear(3, 2), "W4", torch.randn(1, 3)), ours, (torch.randn(1, 3),), progress=False)
+    assert qgraph.compare(ours, ours, torch.randn(1, 3).double()).worst.snr_db == math.inf  # files take float32
     with pytest.raises(InspectError, match=r"takes input, and the inputs hold x"):
         qgraph.compare(model, ours, x)
     with pytest.raises(InspectError, match="does not run on the inputs"):
