@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import _pop_mode_temporarily
 
 from qgraph.capture.arguments import SELF
+from qgraph.capture.checkpointing import StopRecomputation
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import Running, SiteMode, run_opaque, running_mode
 from qgraph.capture.session import active, capturing, current
@@ -185,6 +186,8 @@ def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, 
     try:
         with capturing(quantize=True) as session:
             return session.start(module, forward, args, kwargs)
+    except StopRecomputation:
+        raise
     except Exception as error:
         # Should recording be to blame, the plain run goes well; else the user's own error is raised again from there.
         before.restore()

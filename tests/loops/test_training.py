@@ -231,6 +231,32 @@ def test_a_graph_that_does_not_hold_inside_a_checkpoint_saves_nothing():
     assert coverage(prepared).guard_misses == 1 and {entry.path for entry in coverage(prepared).opaque} == {""}
 
 
+class Leaves(nn.Module):
+    """What it leaves in an attribute makes the run in backward another kind of call than the one in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.fc(x)
+        self.fc.seen = x.detach()
+        return y + self.fc.seen.mean()
+
+
+def test_a_checkpoint_may_end_a_run_that_is_being_recorded():
+    torch.manual_seed(0)
+    model = OnlyCheckpoints(False)
+    model.child = Leaves()
+    prepared, x = qgraph.prepare(model, "A4W2", X), X.clone().requires_grad_()
+    with qgraph.disabled(prepared):
+        for _ in range(2):
+            for each in (model, prepared):
+                each.zero_grad()
+                each(x).square().sum().backward()
+            assert same(gradients(prepared), gradients(model))
+
+
 def test_a_checkpoint_keeps_no_activation_of_the_forward():
     class Watched(Checkpointed):
         def mix(self, x):
