@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qgraph.capture.structure import Unsupported, aliases, signature
@@ -24,6 +25,9 @@ class Opaque:
     training: bool
     reason: str
     where: str
+
+
+_ONE_TENSOR = (signature(torch.empty(0)), ())
 
 
 class ModuleState:
@@ -50,6 +54,8 @@ class ModuleState:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Describe a call of the forward; `signature` is None for one that no graph can take."""
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:  # most layers: nothing to look into
+            return Call(self.positional[:1] or ("args_0",), _ONE_TENSOR, args)
         names = self.names(args, kwargs)
         values = (*args, *[kwargs[name] for name in names[len(args) :]]) if kwargs else args
         try:
