@@ -35,6 +35,7 @@ RETURNS = {
     "dataclass": "Result($x, $first)",
     "list": "[$x, $first]",
     "nested": '($x, {"inner": [$first, ($x.mean(), 2)]})',
+    "by_data": "($x, $first) if $x.mean() > 0 else $x",
     "ordered": 'OrderedDict(out=$x, note="done")',
 }
 

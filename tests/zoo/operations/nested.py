@@ -75,6 +75,12 @@ NESTED = {
     "child_dropped": Op(
         "vsi", "$r = $x\nif not self.training or torch.rand(1).item() > 0.5:\n    $r = self.child$n($x)", _CHILD
     ),
+    "child_sometimes_pair": Op(
+        "vsi",
+        "out$n = self.child$n($x)\n$r = out$n if isinstance(out$n, torch.Tensor) else out$n[0]",
+        _CHILD,
+        returns="by_data",
+    ),
     "child_by_rows": Op(
         "vsi",
         "$r = torch.cat([self.child$n(row.unsqueeze(0)) for row in $x])",
