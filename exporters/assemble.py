@@ -14,6 +14,7 @@ from torch import nn
 from qgraph.exporters.lowering.graph import Lowered, WeightRecord
 from qgraph.exporters.report import PARTS, ExportReport, LayerReport, Leftover
 from qgraph.exporters.verify import Verified
+from qgraph.graph import config_of, sites
 from qgraph.modules import Collected, Quantizer, Sparsifier
 from qgraph.ops import Groups
 
@@ -158,8 +159,8 @@ def _reasons(model: nn.Module) -> dict[str, str]:
         for module in model.modules()
         if isinstance(module, Quantizer | Sparsifier) and not module.enabled
     }
-    for record in _sites(model):
-        if getattr(record, "reason", None):
+    for record in sites(model):
+        if record.reason:
             reasons[record.name] = reasons[f"{record.path}.{record.name}"] = record.reason
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -171,19 +172,7 @@ def _reasons(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def _sites(model: nn.Module) -> list[Any]:
-    try:
-        from qgraph.graph import sites
-    except ImportError:
-        return []
-    return list(sites(model))
-
-
 def _config(model: nn.Module) -> str:
-    try:
-        from qgraph.graph import config_of
-    except ImportError:
-        return "custom"
     config = config_of(model)
     return "custom" if config is None else str(config)
 

@@ -45,7 +45,6 @@ class GraphBuilder:
         self.graph = graph
         self.nodes: list[ir.Node] = []  # what this builder added, in order
         self._anchor: ir.Node | None = None
-        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._made: dict[Hashable, ir.Value] = {}
         self._names = _names_of(graph)
 
@@ -90,10 +89,8 @@ class GraphBuilder:
     def constant(self, array: np.ndarray, hint: str = "const") -> ir.Value:
         """A shared initializer, one per distinct content (tables, shapes, axes), called `qgraph.<hint>`."""
         array = _contiguous(array)
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._constants:
-            self._constants[key] = self.initializer(self.unique(f"qgraph.{hint}"), array)
-        return self._constants[key]
+        key = ("constant", array.dtype.str, array.shape, array.tobytes())
+        return self.once(key, lambda: self.initializer(self.unique(f"qgraph.{hint}"), array))
 
     def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
         """What `make` computed the first time it was asked for under `key`."""
