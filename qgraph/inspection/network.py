@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
 from qgraph.errors import InspectError
-from qgraph.graph import STATE, find_sites, function_name, states
+from qgraph.graph import STATE, find_sites, function_name, is_quantizer, states
+from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
 
 if TYPE_CHECKING:
     import networkx
@@ -18,9 +20,10 @@ _Value = Any  # the id of a network node, or a tuple, list, dict, ... of them as
 def model_network(model: nn.Module) -> networkx.DiGraph:
     """Operations as nodes, data flow as edges; a call of a captured child is the child's own operations.
 
-    Node attributes: ``path`` (of the module), ``op`` (of torch.fx), ``target``, ``where`` (file and line),
-    ``shape``, ``site`` and ``spec`` (of a quantizer), ``kind`` (class of a called module). A parameter is one
-    node, tied ones included. A module that stays Python is one node, with its captured children behind it.
+    Node attributes: ``path`` (of the module), ``scope`` (the same for one call: ``fc#2`` is the second), ``op`` (of
+    torch.fx), ``target``, ``where`` (file and line), ``shape``, ``site``, ``kind`` (class of a called module), and of
+    a quantizer ``quantizer`` (weight, activation or sparsity), ``spec`` and ``bits``. A parameter is one node, tied
+    ones included. A module that stays Python is one node, with its captured children behind it.
     """
     import networkx
 
@@ -34,26 +37,42 @@ def model_network(model: nn.Module) -> networkx.DiGraph:
     builder = _Builder(network, model)
     variant = _variant(root)
     if variant is None:
-        builder.opaque(root.path, model, "", type(model).__name__, [])
+        builder.opaque(root.path, model, "", type(model).__name__, [], root.path)
     else:
-        builder.module(model, variant, None, root.path)
+        builder.module(model, variant, None, root.path, root.path)
     return network
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of a captured module: what the names of its nodes begin with, its path, and which call it is."""
+
+    module: nn.Module
+    prefix: str
+    path: str
+    scope: str
+    specs: dict[fx.Node, str]
+
+    def below(self, target: str) -> str:
+        return f"{self.scope}.{target}".lstrip(".")
+
+
 class _Builder:
-    """Adds one module call after another; `calls` counts the calls of each module."""
+    """Adds one module call after another; `calls` counts the calls of each module, `scopes` those of each scope."""
 
     def __init__(self, network: networkx.DiGraph, model: nn.Module) -> None:
         self.network = network
         self.shared = model.__dict__[STATE].shared
         self.calls: dict[str, int] = {}
+        self.scopes: dict[str, int] = {}
 
-    def module(self, module: nn.Module, variant: Any, arguments: dict[str, _Value] | None, path: str) -> _Value:
+    def module(
+        self, module: nn.Module, variant: Any, arguments: dict[str, _Value] | None, path: str, scope: str
+    ) -> _Value:
         """Splice one call of a captured module; returns the value of its output."""
-        number = self.calls[path] = self.calls.get(path, 0) + 1
-        prefix = f"{path}:" if number == 1 else f"{path}#{number}:"
         owner = module.__dict__[STATE].owner(module)
         specs = _site_specs(variant.graph, owner)
+        call = _Call(module, _numbered(self.calls, path) + ":", path, _numbered(self.scopes, scope), specs)
         values: dict[fx.Node, _Value] = {}
         result: _Value = None
         for node in variant.graph.nodes:
@@ -62,47 +81,48 @@ class _Builder:
             elif node.op == "output":
                 result = fx.node.map_arg(node.args[0], values.__getitem__)
                 if arguments is None:
-                    self._add(f"{prefix}{node.name}", path, node, "output", result)
+                    self._add(call, node, "output", result)
             elif node.op == "get_attr":
-                values[node] = self._attribute(path, node)
-            elif node.op == "call_module" and not str(node.target).startswith("qgraph."):
-                values[node] = self._call(module, node, values, prefix)
+                values[node] = self._attribute(call, node)
+            elif node.op == "call_module" and not is_quantizer(node):
+                values[node] = self._call(call, node, values)
             else:
-                values[node] = self._operation(prefix, path, node, values, specs)
+                values[node] = self._operation(call, node, values)
         return result
 
-    def opaque(self, path: str, module: nn.Module, target: str, kind: str, sources: list[str]) -> str:
+    def opaque(self, path: str, module: nn.Module, target: str, kind: str, sources: list[str], scope: str) -> str:
         """One node for a module that stays Python, and its captured descendants after it."""
-        number = self.calls[path] = self.calls.get(path, 0) + 1
-        name = f"{path}:" if number == 1 else f"{path}#{number}:"
-        name = _Id(name)
-        self.network.add_node(name, path=path, op="call_module", target=target, kind=kind, where="", python=True)
+        name = _Id(_numbered(self.calls, path) + ":")
+        scope = _numbered(self.scopes, scope)
+        data = {"path": path, "scope": scope, "op": "call_module", "target": target, "kind": kind, "where": ""}
+        self.network.add_node(name, **data, python=True)
         self._connect(sources, name)
-        if number == 1:
-            for child_path, child in _captured_below(path, module):
-                self.module(child, _variant(child.__dict__[STATE]), _Everything(name), child_path)
+        if self.calls[path] == 1:
+            for relative, child in _captured_below("", module):
+                below = f"{path}.{relative}".lstrip(".")
+                variant = _variant(child.__dict__[STATE])
+                self.module(child, variant, _Everything(name), below, f"{scope}.{relative}".lstrip("."))
         return name
 
-    def _call(self, module: nn.Module, node: fx.Node, values: dict[fx.Node, _Value], prefix: str) -> _Value:
+    def _call(self, call: _Call, node: fx.Node, values: dict[fx.Node, _Value]) -> _Value:
         target = str(node.target)
-        child = module.get_submodule(target)
-        owner = module.__dict__[STATE].path
-        path = f"{owner}.{target}".lstrip(".")
+        child = call.module.get_submodule(target)
+        path = f"{call.path}.{target}".lstrip(".")
         state = child.__dict__.get(STATE)
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
         if state is None:
-            return self._add(f"{prefix}{node.name}", path, node, target, (args, kwargs), kind=type(child).__name__)
+            return self._add(call, node, target, (args, kwargs), path=path, kind=type(child).__name__)
         variant = _variant(state, state.names(args, kwargs))
         if variant is None:
-            return self.opaque(state.path, child, target, type(child).__name__, _ids((args, kwargs)))
+            kind = type(child).__name__
+            return self.opaque(state.path, child, target, kind, _ids((args, kwargs)), call.below(target))
         ordered = (*args, *(kwargs[name] for name in sorted(kwargs)))
         placeholders = [str(n.target) for n in variant.graph.nodes if n.op == "placeholder"]
-        return self.module(child, variant, dict(zip(placeholders, ordered, strict=False)), state.path)
+        arguments = dict(zip(placeholders, ordered, strict=False))
+        return self.module(child, variant, arguments, state.path, call.below(target))
 
-    def _operation(
-        self, prefix: str, path: str, node: fx.Node, values: dict[fx.Node, _Value], specs: dict[fx.Node, str]
-    ) -> _Value:
+    def _operation(self, call: _Call, node: fx.Node, values: dict[fx.Node, _Value]) -> _Value:
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
         if function_name(node) == "getitem" and isinstance(args[0], (tuple, list, dict)):
@@ -111,25 +131,29 @@ class _Builder:
             except (LookupError, TypeError):
                 pass
         extra = dict(node.meta.get("qgraph", {}))
-        if node in specs:
-            extra["site"] = specs[node]
+        if node in call.specs:
+            extra["site"] = call.specs[node]
+        if is_quantizer(node):
+            extra |= _quantizer(call.module.get_submodule(str(node.target)))
         target = function_name(node) or str(node.target)
-        return self._add(f"{prefix}{node.name}", path, node, target, (args, kwargs), **extra)
+        return self._add(call, node, target, (args, kwargs), **extra)
 
-    def _attribute(self, path: str, node: fx.Node) -> str:
-        name = _Id(self.shared.canonical_name(path, str(node.target)))
+    def _attribute(self, call: _Call, node: fx.Node) -> str:
+        name = _Id(self.shared.canonical_name(call.path, str(node.target)))
         if name not in self.network:
             op = "parameter" if node.meta.get("parameter") else "buffer"
             shape = tuple(node.meta.get("shape", ()))
-            self.network.add_node(name, path=path, op=op, target=name, where="", shape=shape)
+            data = {"path": call.path, "scope": call.scope, "op": op, "target": str(name), "where": ""}
+            self.network.add_node(name, **data, shape=shape)
         return name
 
-    def _add(self, name: str, path: str, node: fx.Node, target: str, inputs: _Value, **extra: Any) -> _Id:
-        attributes = {"path": path, "op": node.op, "target": target, "where": node.meta.get("where", "")}
+    def _add(self, call: _Call, node: fx.Node, target: str, inputs: _Value, **extra: Any) -> _Id:
+        attributes = {"path": call.path, "scope": call.scope, "op": node.op, "target": target}
+        attributes["where"] = node.meta.get("where", "")
         if "shape" in node.meta:
             attributes["shape"] = tuple(node.meta["shape"])
-        made = _Id(name)
-        self.network.add_node(made, **attributes, **extra)
+        made = _Id(f"{call.prefix}{node.name}")
+        self.network.add_node(made, **{**attributes, **extra})
         self._connect(_ids(inputs), made)
         return made
 
@@ -152,6 +176,21 @@ def _variant(state: Any, names: tuple[str, ...] | None = None) -> Any:
     """The graph that stands for a module: in eval, of the same arguments, as far as there is one."""
     ranked = sorted(state.variants, key=lambda v: (v.training, names is not None and tuple(v.names) != names))
     return ranked[0] if ranked else None
+
+
+def _numbered(counts: dict[str, int], name: str) -> str:
+    """``fc``, then ``fc#2``, ``fc#3``, ..."""
+    counts[name] = counts.get(name, 0) + 1
+    return name if counts[name] == 1 else f"{name}#{counts[name]}"
+
+
+def _quantizer(module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, Sparsifier):
+        return {"quantizer": "sparsity"}
+    if isinstance(module, (WeightQuantizer, ActivationQuantizer)):
+        kind = "weight" if isinstance(module, WeightQuantizer) else "activation"
+        return {"quantizer": kind, "bits": module.spec.bits}
+    return {}
 
 
 def _captured_below(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
