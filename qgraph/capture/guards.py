@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qgraph.capture.structure import signature
+
 
 class GuardMiss(Exception):
     """A late guard does not hold; the caller runs the module's own Python instead.
@@ -34,3 +36,8 @@ def check(value: Any, expected: Any, where: str, by_size: bool = True) -> None:
     holds = bool(value) is expected if isinstance(expected, bool) else value == expected
     if not holds:
         raise GuardMiss(f"{where}: expected {expected!r}, found {value!r}", by_size)
+
+
+def check_structure(value: Any, expected: Any, where: str) -> None:
+    """Raise `GuardMiss` unless a child returned the structure (types, None-ness, constants) that it did before."""
+    check(signature(value), expected, where, by_size=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,8 +27,9 @@ from qgraph.capture.variants import MAX_VARIANTS, Call, Variant, shapes
 from qgraph.graph import STATE, quantizer_modules
 from qgraph.modules import exports_python
 
-_classes: dict[type, type] = {}
+_MOST_TRIED = 2  # graphs in one call
 
+_classes: dict[type, type] = {}
 
 # In eval these have a fused path of torch's own, which a graph does not take: with every quantizer off they may.
 _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -119,15 +121,28 @@ def _run(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[st
         return run_opaque(module, state, forward, args, kwargs)
     if module.qgraph_fused and not module.training and _all_off(module):
         return forward(module, *args, **kwargs)
+    if state.asked < len(state.shared.varying):
+        _ask_for_structure(module, state)
     call = state.call(args, kwargs)
     variant = state.select(module, call)
     if variant is None:
         return run_python(module, state, forward, args, kwargs, call)
     if variant.eager_only and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return _graph_outside(variant, module, call.values)
-    if not variant.late_guards or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return variant.run(module, call.values)
-    return _run_checked(module, state, variant, forward, call, args, kwargs)
+    if variant.late_guards:
+        return _run_checked(module, state, variant, forward, call, args, kwargs)
+    try:
+        return variant.run(module, call.values)
+    except GuardMiss:  # of a child, which gives something else than a tensor for the first time
+        return run_python(module, state, forward, args, kwargs, call)
+
+
+def _ask_for_structure(module: nn.Module, state: ModuleState) -> None:
+    for variant in state.variants:
+        variant.ask_for_structure(module, state.shared.varying)
+    state.asked = len(state.shared.varying)
 
 
 def _all_off(module: nn.Module) -> bool:
@@ -135,27 +150,34 @@ def _all_off(module: nn.Module) -> bool:
 
 
 def _run_checked(
-    module: nn.Module, state: ModuleState, variant: Variant, forward: Any, call: Call, args: Any, kwargs: Any
+    module: nn.Module, state: ModuleState, first: Variant, forward: Any, call: Call, args: Any, kwargs: Any
 ) -> Any:
-    """A graph with guards inside it: for sizes not met before, be ready to take back what ran before a miss."""
+    """Graphs with guards inside them, until one holds: for sizes not met before, be ready to take back what ran."""
     key = shapes(call.values)
-    before = None if key in variant.validated else Snapshot(module, call.values, contents=variant.in_place)
-    try:
-        if before is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            # A checkpoint counts the tensors saved: a run that may be taken back must save none.
-            with torch.no_grad():
-                variant.run(module, call.values)
-            before.restore()
-        result = variant.run(module, call.values)
-    except GuardMiss as miss:
-        variant.validated.clear()  # a child does something else than it did at these sizes
-        if miss.by_size:
+    tried = list(itertools.islice(state.candidates(module, call, first, key), _MOST_TRIED))
+    for variant in tried:
+        before = None if key in variant.validated else Snapshot(module, call.values, contents=variant.in_place)
+        try:
+            if before is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+                # A checkpoint counts the tensors saved: a run that may be taken back must save none.
+                with torch.no_grad():
+                    variant.run(module, call.values)
+                before.restore()
+            result = variant.run(module, call.values)
+        except GuardMiss as miss:
+            if key in variant.validated:
+                variant.validated.clear()  # a child does something else than it did at these sizes
+            if miss.by_size:
+                variant.rejected.add(key)
+            if before is not None:
+                before.restore()
+            continue
+        variant.validated.add(key)
+        return result
+    if len(state.variants) >= MAX_VARIANTS:  # no other will come
+        for variant in tried:
             variant.rejected.add(key)
-        if before is not None:
-            before.restore()
-        return run_python(module, state, forward, args, kwargs, call)
-    variant.validated.add(key)
-    return result
+    return run_python(module, state, forward, args, kwargs, call)
 
 
 def run_python(module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call) -> Any:
@@ -181,12 +203,14 @@ def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, 
         state.misses += 1
     # Inside torch.export no graph of ours can be recorded, since the tensors are not real.
     if known is not None or torch.compiler.is_exporting() or len(state.variants) >= MAX_VARIANTS:
-        return run_opaque(module, state, forward, args, kwargs)
+        result = run_opaque(module, state, forward, args, kwargs)
+        state.returned(result)
+        return result
     before = Snapshot(module, call.values, contents=True)
     try:
         with capturing(quantize=True) as session:
             return session.start(module, forward, args, kwargs)
-    except StopRecomputation:
+    except (StopRecomputation, GuardMiss):
         raise
     except Exception as error:
         # Should recording be to blame, the plain run goes well; else the user's own error is raised again from there.

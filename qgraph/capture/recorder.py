@@ -21,7 +21,7 @@ from qgraph.capture.arguments import Values
 from qgraph.capture.attributes import AttributeReads
 from qgraph.capture.counters import Counters
 from qgraph.capture.effects import Effects
-from qgraph.capture.guards import Guard, check
+from qgraph.capture.guards import Guard, check, check_structure
 from qgraph.capture.modes import Modes
 from qgraph.capture.operands import OperandTracker
 from qgraph.capture.randomness import random_states, same_random
@@ -383,11 +383,6 @@ class Recorder(TorchFunctionMode):
     def _check_random(self) -> None:
         if self.recording and self._rng is not None and not same_random(self._rng, random_states()):
             self.fail("draws from Python's or numpy's random numbers")
-
-
-def check_structure(value: Any, expected: Any, where: str) -> None:
-    """Raise `GuardMiss` unless a child returned the structure (types, None-ness, constants) that it did before."""
-    check(signature(value), expected, where, by_size=False)
 
 
 def _holds_python(module: nn.Module) -> bool:

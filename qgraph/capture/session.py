@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from qgraph.capture.checkpointing import repeatable
+from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import quantized_again
 from qgraph.capture.patches import patched
 from qgraph.capture.recorder import Recorder
@@ -19,7 +20,7 @@ from qgraph.capture.source import definition, within_call_of
 from qgraph.capture.state import ModuleState
 from qgraph.capture.structure import Unsupported
 from qgraph.capture.values import plain
-from qgraph.capture.variants import MAX_VARIANTS, Call, Variant
+from qgraph.capture.variants import MAX_VARIANTS, Call, Variant, shapes
 from qgraph.graph import STATE
 
 _local = threading.local()
@@ -99,7 +100,7 @@ class Session:
         return top if top is not None and top.inside else None
 
     def rewrite(self) -> None:
-        """Run the model's pipeline on the graphs captured since the last time."""
+        """Run the model's pipeline on the graphs captured by a run in float."""
         new, self.new = self.new, []
         for module, variant in new:
             state: ModuleState = module.__dict__[STATE]
@@ -181,9 +182,9 @@ class Session:
             self.recorder.modes.leave_autocast(context)
 
     def start(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run the outermost forward of a session that began inside its call."""
-        self._announced = module
-        return self.enter(module, forward, args, kwargs)
+        """Run the outermost forward of a session that began inside its call, since no graph held for that."""
+        state: ModuleState = module.__dict__[STATE]
+        return self.record_forward(module, state, forward, args, kwargs, state.call(args, kwargs), known=False)
 
     # -- forwards ----------------------------------------------------------------------------------------------------
 
@@ -196,7 +197,9 @@ class Session:
         call = state.call(args, kwargs)
         variant = state.select(module, call)
         if variant is not None and not variant.late_guards:
-            return variant.run(module, call.values)
+            with contextlib.suppress(GuardMiss):  # of a child, which gives something else than a tensor now
+                return variant.run(module, call.values)
+            variant = None
         return self.record_forward(module, state, forward, args, kwargs, call, known=variant is not None)
 
     def record_forward(
@@ -226,6 +229,7 @@ class Session:
             self.stack.pop()
         if not known:
             self._keep(recorder, call, training, before)
+        state.returned(result)
         return result
 
     def _keep(self, recorder: Recorder, call: Call, training: bool, before: int) -> None:
@@ -246,12 +250,14 @@ class Session:
                 )
                 if any(variant.alike(other) for other in state.variants[before:]):
                     return  # another thread was faster
+                if self.quantize:  # other threads, and a second call in this very run, must meet the rewritten graph
+                    state.shared.pipeline.rewrite(state.owner(recorder.module), variant)
+                    variant.validated.add(shapes(call.values))
+                else:
+                    self.new.append((recorder.module, variant))
                 state.variants.append(variant)
-                self.new.append((recorder.module, variant))
-                if self.quantize:  # a second call in this very run must meet the rewritten graph
-                    self.rewrite()
                 return
             for site, where, weights in recorder.operands.sites:
-                shapes = [tuple(weight.shape) for weight in weights]
-                state.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, shapes))
+                sizes = [tuple(weight.shape) for weight in weights]
+                state.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, sizes))
             state.give_up(call, training, recorder.reason or "", recorder.reason_where)

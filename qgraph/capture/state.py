@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qgraph.capture.guards import GuardMiss
 from qgraph.capture.structure import Unsupported, aliases, signature
-from qgraph.capture.variants import Call, Variant
+from qgraph.capture.variants import Call, Variant, called_by_graph
 from qgraph.graph import Shared
 from qgraph.placement import Owner
 
@@ -40,6 +41,8 @@ class ModuleState:
         self.opaque: list[Opaque] = []
         self.python_sites: dict[tuple[str, ...], Any] = {}
         self.misses = 0
+        self.gave_tensor: bool | None = None  # whether its first result was one
+        self.asked = 0  # of the modules in `shared.varying`, how many its graphs ask for their structure
         self.positional = positional_names(forward)
 
     def owner(self, module: nn.Module) -> Owner:
@@ -70,6 +73,28 @@ class ModuleState:
             if variant.accepts(module, call):
                 return variant
         return None
+
+    def candidates(self, module: nn.Module, call: Call, first: Variant, key: Any) -> Iterator[Variant]:
+        """The variants that may hold for a call of these sizes; the ones that did before come first."""
+        if key in first.validated:
+            yield first
+        others = [v for v in self.variants if v is not first or key not in first.validated]
+        others.sort(key=lambda v: key not in v.validated)
+        for variant in others:
+            if variant is first or variant.accepts(module, call):
+                yield variant
+
+    def returned(self, result: Any) -> None:
+        """Note a result. Graphs around this module take a tensor for granted where all were: if this one is not, they
+        have to ask from now on, and the one that is waiting for it gets a `GuardMiss`.
+        """
+        tensor = isinstance(result, Tensor)
+        if self.gave_tensor is None:
+            self.gave_tensor = tensor
+        elif tensor is not self.gave_tensor and self.path not in self.shared.varying:
+            self.shared.varying += (self.path,)
+            if self.gave_tensor and called_by_graph():
+                raise GuardMiss(f"{self.path} returns a {type(result).__name__}, not a tensor", by_size=False)
 
     def give_up(self, call: Call, training: bool, reason: str, where: str = "<unknown>:0") -> None:
         """Note that calls of this kind run as Python."""

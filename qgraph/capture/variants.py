@@ -6,8 +6,13 @@ signature of the arguments, the mode, attributes, guards), and a call of another
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +20,9 @@ from torch import fx, nn
 
 from qgraph.capture.attributes import Held
 from qgraph.capture.calls import EAGER_ONLY, name_of
-from qgraph.capture.guards import Guard
+from qgraph.capture.guards import Guard, check_structure
 from qgraph.capture.structure import tensors_in
-from qgraph.graph import without_quantizers
+from qgraph.graph import STATE, without_quantizers
 
 MAX_VARIANTS = 8
 
@@ -76,6 +81,18 @@ class Variant:
         except (AttributeError, IndexError, KeyError, TypeError):  # a part that the guards read is not there
             return False
 
+    def ask_for_structure(self, module: nn.Module, varying: tuple[str, ...]) -> None:
+        """Make the graph ask children at these paths of the model whether they returned a tensor, as it assumes."""
+        for node in [n for n in self.graph.nodes if n.op == "call_module"]:
+            state = getattr(module.get_submodule(node.target), STATE, None)
+            if state is None or state.path not in varying or any(user.target is check_structure for user in node.users):
+                continue
+            with self.graph.inserting_after(node):
+                where = node.meta["where"]
+                self.graph.call_function(check_structure, (node, "tensor", where)).meta["where"] = where
+            self.late_guards += 1
+            self.compile()
+
     def alike(self, other: Variant) -> bool:
         """Whether another one holds for the same calls."""
         fields = ("names", "signature", "training", "held", "guards")
@@ -127,7 +144,16 @@ class Variant:
         self.compile()
 
 
+_PLUMBING = (os.path.dirname(__file__), nn.modules.module.__file__, contextlib.__file__, functools.__file__)
 GENERATED = "<qgraph "  # what the file names of compiled graphs begin with
+
+
+def called_by_graph() -> bool:
+    """Whether the module whose forward is running was called by a captured graph, not by Python."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_PLUMBING):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(GENERATED)
 
 
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -158,3 +159,76 @@ def test_a_model_that_keeps_results_of_its_forward():
     with qgraph.disabled(prepared):
         assert torch.equal(prepared(x), model(x))
     assert coverage(prepared).sites == coverage(prepared).sites_quantized == 1
+
+
+class TensorOrPair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.both = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        y = self.fc(x)
+        return (y, x) if self.both else y
+
+
+class Twice(nn.Module):
+    """Two graphs around one child: the second meets its new structure after the first."""
+
+    def __init__(self, child):
+        super().__init__()
+        self.first, self.second = Takes(child), Takes(child)
+
+    def forward(self, x):
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("config", ["A8W4", "W4"])
+def test_a_child_switched_from_a_tensor_to_a_pair(config):
+    model, x = Twice(TensorOrPair()), torch.rand(3, 4) + 1
+    model.first.norm.momentum = model.second.norm.momentum = 0.0
+    prepared = qgraph.prepare(model, config, (x,))
+    with qgraph.disabled(prepared):
+        for both in (False, True, True, False, True, False):
+            model.first.child.both = prepared.first.child.both = both
+            assert torch.equal(prepared(x), model(x))
+    prepared.first.child.both = True
+    prepared(x).sum().backward()
+    assert prepared.first.child.fc.weight.grad.isfinite().all()
+    assert coverage(prepared).sites == coverage(prepared).sites_quantized == 1
+    copied = pickle.loads(pickle.dumps(prepared))
+    for both in (False, True):
+        prepared.first.child.both = copied.first.child.both = both
+        assert torch.equal(copied.eval()(x), prepared.eval()(x))
+
+
+class Sizes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"y": self.fc(x), "rows": x.shape[0]}
+
+
+class AsksForRows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child = Sizes()
+
+    def forward(self, x):
+        found = self.child(x)
+        return found["y"] * found["rows"]
+
+
+def test_a_size_in_a_dict_of_a_child_gets_a_graph_for_each_size():
+    model, calls = AsksForRows(), []
+    prepared = qgraph.prepare(model, "A8W4", (torch.randn(3, 4),))
+    prepared.child.fc.register_forward_hook(lambda *_: calls.append(1))
+    with qgraph.disabled(prepared):
+        for turn in range(3):
+            for rows in (2, 3, 5):
+                x = torch.randn(rows, 4)
+                calls.clear()
+                assert torch.equal(prepared(x), model(x))
+                assert len(calls) == 1 or turn == 0
+    assert len(getattr(prepared, STATE).variants) == 4  # three in train, one in eval
