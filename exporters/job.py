@@ -13,7 +13,7 @@ import torch
 from onnx.defs import onnx_opset_version
 from torch import Tensor, nn
 
-from qgraph.errors import ExportError
+from qgraph.errors import CalibrationError, ExportError
 from qgraph.exporters.signature import FlatInputs, FlatModel, flat_model, flatten_inputs, run_eagerly
 from qgraph.exporters.trace import DEFAULT_OPSET, MINIMUM_OPSET
 from qgraph.graph import STATE
@@ -75,17 +75,6 @@ def check_arguments(prepared: Any, target: str, opset: int | None) -> None:
         )
 
 
-def unwrapped(model: Any) -> Any:
-    """The model inside torch.compile's and the data-parallel wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
 def _is_prepared(model: nn.Module) -> bool:
     if any(isinstance(module, Quantizer | Sparsifier) for module in model.modules()):
         return True
@@ -121,7 +110,7 @@ def prepare_job(
     with collecting() as collected:
         try:
             reference = run_eagerly(flat, inputs.tensors)
-        except ExportError:
+        except (ExportError, CalibrationError):
             raise
         except Exception as error:
             raise ExportError(

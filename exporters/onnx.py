@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qgraph.errors import ExportError
 from qgraph.exporters.assemble import assemble, describe
-from qgraph.exporters.job import Job, Say, check_arguments, prepare_job, unwrapped
+from qgraph.exporters.job import Job, Say, check_arguments, prepare_job
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
 from qgraph.exporters.naming import (
     drop_defaults,
@@ -37,6 +37,7 @@ from qgraph.exporters.signature import run_eagerly
 from qgraph.exporters.trace import DEFAULT_OPSET, Traced, explain, is_data_dependent, trace
 from qgraph.exporters.verify import Example, Verified, Verifier, WrongFile, check
 from qgraph.exporters.write import move_into_place, save, workspace
+from qgraph.graph import unwrapped
 from qgraph.version import __version__
 
 

@@ -26,7 +26,8 @@ class ShareQuantizers(Pass):
 
         a_q = self.qgraph.w1__input(x)
 
-    1. Only quantizers of the same spec and groups, with no learned step, are alike.
+    1. Only quantizers of the same spec and groups, with no state of their own (a learned step, a static range), are
+       alike.
     2. Nothing between the two calls may change a tensor in place.
     """
 
@@ -39,7 +40,7 @@ class ShareQuantizers(Pass):
             if _may_change_tensors(node, context):
                 first.clear()
             module = context.module.get_submodule(str(node.target)) if is_quantizer(node) else None
-            if not isinstance(module, ActivationQuantizer) or module.step is not None:
+            if not isinstance(module, ActivationQuantizer) or module.step is not None or module.range is not None:
                 continue
             key = (node.args, module.spec, module.groups)
             kept = first.setdefault(key, node)

@@ -3,9 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qgraph.calibrate import calibrate
 from qgraph.checkpoint import load, save
 from qgraph.config import QConfig, QuantSpec, Rule, SparsitySpec
 from qgraph.errors import (
+    CalibrationError,
     CaptureError,
     CheckpointError,
     ConfigError,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from qgraph.runtime import verify
 
 __all__ = [
+    "CalibrationError",
     "CaptureError",
     "CheckpointError",
     "ConfigError",
@@ -48,6 +51,7 @@ __all__ = [
     "SensitivityReport",
     "SparsitySpec",
     "__version__",
+    "calibrate",
     "compare",
     "disabled",
     "export",

@@ -13,7 +13,7 @@ from torch import nn
 
 from qgraph import notation, rules
 from qgraph.errors import ConfigError
-from qgraph.specs import MAX_BITS, QuantSpec, Scheme, SparsitySpec, checked_keys, set_field
+from qgraph.specs import MAX_BITS, MIN_STATIC_LINEAR_BITS, QuantSpec, Scheme, SparsitySpec, checked_keys, set_field
 
 if TYPE_CHECKING:
     from qgraph.pipeline import Pipeline
@@ -87,6 +87,8 @@ class QConfig:
             raise ConfigError("QConfig: a weight has no tokens; its granularity is tensor, channel or block.")
         if self.activation is not None and self.activation.granularity == "channel":
             raise ConfigError("QConfig: an activation's granularity is tensor, token or block, found 'channel'.")
+        if self.weight is not None and self.weight.range == "static":
+            raise ConfigError("QConfig: a weight's scale follows the weight; range='static' belongs to activations.")
         if self.sparsity is not None and self.weight is not None and self.weight.scheme == "affine":
             raise ConfigError(
                 "QConfig: a pruned weight is exactly 0, which affine levels do not hold; "
@@ -110,8 +112,8 @@ class QConfig:
         except ConfigError as error:
             raise ConfigError(notation.typo(text, str(error).rstrip("."))) from error
         return cls(
-            weight=_weight_spec(parts.weight, parts.group, sparsity),
-            activation=_activation_spec(parts.activation, parts.group),
+            weight=_weight_spec(parts.weight, parts.group, sparsity, parts.static),
+            activation=_activation_spec(parts.activation, parts.group, parts.static),
             sparsity=sparsity,
         )
 
@@ -122,9 +124,11 @@ class QConfig:
             return None
         if self == QConfig():
             return "float"
-        spec = self.weight or self.activation
+        static = self.activation is not None and self.activation.range == "static"
+        spec = self.weight or (None if static else self.activation)
         group = "" if spec is None else {"tensor": "@tensor", "block": f"@{spec.group_size}"}.get(spec.granularity, "")
-        bits = (f"A{self.activation.bits}" if self.activation else "") + (f"W{self.weight.bits}" if self.weight else "")
+        bits = f"A{self.activation.bits}{'s' if static else ''}" if self.activation else ""
+        bits += f"W{self.weight.bits}" if self.weight else ""
         pruned = ("-" if bits else "") + str(self.sparsity) if self.sparsity else ""
         text = bits + pruned + group
         return text if QConfig.parse(text) == self else None
@@ -240,18 +244,23 @@ class QConfig:
             raise ConfigError(f"config: not YAML: {error}.") from error
 
 
-def _weight_spec(bits: float | None, group: int | str | None, sparsity: SparsitySpec | None) -> QuantSpec | None:
+def _weight_spec(
+    bits: float | None, group: int | str | None, sparsity: SparsitySpec | None, static: bool
+) -> QuantSpec | None:
     if bits is None:
         return None
-    scheme: Scheme | None = "linear" if sparsity is not None else None
+    # Integer kernels beside a static activation take weights without zero points.
+    scheme: Scheme | None = "linear" if sparsity is not None or (static and bits >= MIN_STATIC_LINEAR_BITS) else None
     if isinstance(group, int):
         return QuantSpec(bits, scheme, "block", group)
     return QuantSpec(bits, scheme, "tensor" if group == "tensor" else "channel")
 
 
-def _activation_spec(bits: float | None, group: int | str | None) -> QuantSpec | None:
+def _activation_spec(bits: float | None, group: int | str | None, static: bool) -> QuantSpec | None:
     if bits is None:
         return None
+    if static:
+        return QuantSpec(bits, granularity="tensor", method="ste" if bits == MAX_BITS else "ddt", range="static")
     if not isinstance(group, int):
         return QuantSpec(bits, granularity="tensor" if group == "tensor" else "token")
     if bits == MAX_BITS:  # what the fastest onnxruntime kernel computes, exactly: s = max|x| / 127 a block

@@ -1,6 +1,7 @@
 """Every error that qgraph raises on purpose, by what the user must change. Nothing else lives here."""
 
 __all__ = [
+    "CalibrationError",
     "CaptureError",
     "CheckpointError",
     "ConfigError",
@@ -17,6 +18,10 @@ class QGraphError(Exception):
 
 class ConfigError(QGraphError, ValueError):
     """A config, a spec or a rule that means nothing, or contradicts itself."""
+
+
+class CalibrationError(QGraphError):
+    """A static activation range that is not known yet, or batches that give none."""
 
 
 class CaptureError(QGraphError):

@@ -203,6 +203,17 @@ def is_prepared(model: nn.Module) -> bool:
     return STATE in model.__dict__
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's and the data-parallel wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def config_of(model: nn.Module) -> QConfig | None:
     """The config that a model was prepared with, or None."""
     state = model.__dict__.get(STATE)

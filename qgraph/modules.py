@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from qgraph.config import QuantSpec, SparsitySpec
 from qgraph.errors import CaptureError
 from qgraph.ops import Groups, Quantized, fake_quantize, initial_step, quantize, sparsify
+from qgraph.ops.static import FixedScale
+from qgraph.ranges import RunningRange
 
 
 @torch.library.custom_op("qgraph::weight", mutates_args=())
@@ -39,11 +41,14 @@ def _same_as_input(x: Tensor, site: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ActivationForm:
-    """What an activation quantizer computes: its spec, its groups and, for a learned step, the step."""
+    """What an activation quantizer computes: its spec, its groups, for a learned step the step, for a static range its
+    scale.
+    """
 
     spec: QuantSpec
     groups: Groups
     step: Tensor | None = None
+    fixed: FixedScale | None = None
 
 
 @dataclass(slots=True)
@@ -66,6 +71,7 @@ class _Run:
         self.exporting = False
         self.python = False
         self.emitted: set[str] = set()
+        self.observe: Callable[[ActivationQuantizer, Tensor], None] | None = None
 
 
 _run = _Run()
@@ -79,6 +85,16 @@ def collecting() -> Iterator[Collected]:
         yield _run.collected
     finally:
         _run.collected = previous
+
+
+@contextlib.contextmanager
+def observing(observe: Callable[[ActivationQuantizer, Tensor], None]) -> Iterator[None]:
+    """Let every quantizer of a static range show what it is given, and pass it on as it is."""
+    previous, _run.observe = _run.observe, observe
+    try:
+        yield
+    finally:
+        _run.observe = previous
 
 
 @contextlib.contextmanager
@@ -176,16 +192,19 @@ class WeightQuantizer(Quantizer):
 
 
 class ActivationQuantizer(Quantizer):
-    """Quantize and dequantize one activation, its ranges computed from the values at hand (dynamic).
+    """Quantize and dequantize one activation, its ranges computed from the values at hand (dynamic) or fixed (static).
 
     Shape: any floating tensor in, the same shape and dtype out. Source: arXiv 2409.09245, section 3.
     """
+
+    range: RunningRange | None
 
     def __init__(self, spec: QuantSpec, groups: Groups, site: str) -> None:
         super().__init__(spec, groups, site)
         if spec.method == "lsq":
             # One step a tensor, since a step learned per token has no meaning; 0 says "not yet initialized".
             self.step = nn.Parameter(torch.zeros(1, 1))
+        self.range = RunningRange(spec) if spec.range == "static" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled or not x.is_floating_point():
@@ -193,11 +212,22 @@ class ActivationQuantizer(Quantizer):
         if _run.exporting:
             _run.emitted.add(self.site)
             return torch.ops.qgraph.activation(x, self.site)
+        if self.range is not None:
+            return self._static(x, self.range)
         if self.step is not None and not torch.compiler.is_compiling() and not bool(self.step.any()):
             self.initialize_step(x)
         if _run.collected is not None:
             _run.collected.activations[self.site] = ActivationForm(self.spec, self.groups, self.step)
         return fake_quantize(x, self.spec, self.groups, step=self.step)
+
+    def _static(self, x: Tensor, range: RunningRange) -> Tensor:
+        if _run.observe is not None:
+            _run.observe(self, x)
+            return x
+        if _run.collected is not None:
+            range.require(self.site)
+            _run.collected.activations[self.site] = ActivationForm(self.spec, self.groups, fixed=range.fixed())
+        return range.quantize(x, self.site)
 
 
 class Sparsifier(nn.Module):

@@ -21,9 +21,9 @@ __all__ = [
 ]
 
 GRAMMAR = (
-    "A<bits>W<bits>[-<N>:<M> | -<percent>% | -<percent>%[<rows>x<cols>]][@<block> | @channel | @tensor], "
-    "bits 1..8 or 1.58 (ternary), A or W or both may be left out, or 'float'; "
-    "for example A8W4@128, W1.58, A4W1-2:4@128, W2-70%, 2:4"
+    "A<bits>[s]W<bits>[-<N>:<M> | -<percent>% | -<percent>%[<rows>x<cols>]][@<block> | @channel | @tensor], "
+    "bits 1..8 or 1.58 (ternary), A or W or both may be left out, or 'float'; s gives activations a static range; "
+    "for example A8W4@128, W1.58, A4W1-2:4@128, A8sW7, W2-70%, 2:4"
 )
 GROUP_WORDS = ("channel", "tensor")
 BIT_WORDS = ("1", "1.58", "2", "3", "4", "5", "6", "7", "8")
@@ -31,18 +31,21 @@ MAX_M = 32
 
 _SPARSITY = r"\d+:\d+|\d+(?:\.\d+)?%(?:\[\d+x\d+\])?"
 _NOTATION = re.compile(
-    rf"(?:A(?P<a>\d+(?:\.\d+)?))?(?:W(?P<w>\d+(?:\.\d+)?))?(?:(?:^|-)(?P<s>{_SPARSITY}))?(?:@(?P<g>\w+))?"
+    rf"(?:A(?P<a>\d+(?:\.\d+)?)(?P<static>s)?)?(?:W(?P<w>\d+(?:\.\d+)?))?(?:(?:^|-)(?P<s>{_SPARSITY}))?(?:@(?P<g>\w+))?"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Notation:
-    """The parts of a notation, each None where it was left out; `group` is a block size or a word."""
+    """The parts of a notation, each None where it was left out; `group` is a block size or a word; `static` says that
+    the activation's range is fixed.
+    """
 
     activation: float | None
     weight: float | None
     sparsity: str | None
     group: int | str | None
+    static: bool = False
 
 
 def read_notation(text: str) -> Notation:
@@ -69,7 +72,7 @@ def read_notation(text: str) -> Notation:
     )
     if activation is None and weight is None and match["g"] is not None:
         raise ConfigError(typo(text, f"@{match['g']} groups what is quantized, and neither A nor W is given"))
-    return Notation(activation, weight, match["s"], _group(text, match["g"]))
+    return Notation(activation, weight, match["s"], _group(text, match["g"]), match["static"] is not None)
 
 
 def bits_from_text(text: str) -> float | None:
@@ -135,7 +138,7 @@ def typo(text: str, problem: str) -> str:
 def _repair(text: str) -> str | None:
     """Right parts in the wrong order, case or punctuation, put together again; None where a part is wrong."""
     parts = {
-        "A": re.findall(r"[Aa]\s*(1\.58|\d+(?:\.\d+)?)", text),
+        "A": re.findall(r"[Aa]\s*((?:1\.58|\d+(?:\.\d+)?)[sS]?)", text),
         "W": re.findall(r"[Ww]\s*(1\.58|\d+(?:\.\d+)?)", text),
         "-": re.findall(_SPARSITY, text),
         "@": re.findall(r"@\s*(\w+)", text),
@@ -152,7 +155,8 @@ def _repair(text: str) -> str | None:
 
 
 def _nearest_bits(value: str) -> str:
-    return min(BIT_WORDS, key=lambda word: abs(float(word) - float(value)))
+    digits = value.rstrip("sS")
+    return min(BIT_WORDS, key=lambda word: abs(float(word) - float(digits))) + ("s" if digits != value else "")
 
 
 def _nearest_sparsity(text: str) -> str:

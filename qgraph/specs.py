@@ -15,10 +15,12 @@ Scheme = Literal["affine", "linear"]
 Granularity = Literal["tensor", "channel", "block", "token"]
 Method = Literal["ddt", "ste", "lsq"]
 Scale = Literal["minmax", "absmean"]
+Range = Literal["dynamic", "static"]
 SparsityKind = Literal["n:m", "unstructured", "block"]
 
 TERNARY = 1.58
 MAX_BITS = 8
+MIN_STATIC_LINEAR_BITS = 3
 DEFAULT_LAM = 0.01  # the paper's ridge penalty, in integer units of the codes, for every bit width
 
 
@@ -45,6 +47,10 @@ class QuantSpec:
         Where the scale comes from; "absmean" belongs to method "ste" with the linear scheme.
     lam : float
         Ridge penalty of the denoising regression.
+    range : "dynamic" or "static"
+        Whether an activation's scale is computed from the values at hand, or fixed: kept as running averages while
+        training, or filled by `qgraph.calibrate`. A static range is that of a whole tensor, its zero point is an
+        integer, and its linear levels are those of two's complement: what integer kernels take.
     """
 
     bits: float
@@ -54,6 +60,7 @@ class QuantSpec:
     method: Method = "ddt"
     scale: Scale = "minmax"
     lam: float = DEFAULT_LAM
+    range: Range = "dynamic"
 
     def __post_init__(self) -> None:
         set_field(self, "bits", _checked_bits(self.bits))
@@ -63,6 +70,7 @@ class QuantSpec:
         _check_choice("granularity", self.granularity, Granularity)
         _check_choice("method", self.method, Method)
         _check_choice("scale", self.scale, Scale)
+        _check_choice("range", self.range, Range)
         if self.bits == TERNARY and self.scheme == "affine":
             raise ConfigError("QuantSpec: ternary levels are -1, 0, 1, so 1.58 bits take scheme='linear'.")
         if self.scale == "absmean" and (self.method != "ste" or self.scheme != "linear"):
@@ -71,6 +79,8 @@ class QuantSpec:
                 f"found method={self.method!r} and scheme={self.scheme!r}."
             )
         self._check_group_size()
+        if self.range == "static":
+            self._check_static()
         if not _is_number(self.lam) or not 0 <= self.lam < math.inf:
             raise ConfigError(f"QuantSpec: lam is a finite number of at least 0, found {self.lam!r}.")
 
@@ -87,13 +97,30 @@ class QuantSpec:
                 f"QuantSpec: granularity='block' needs a group_size of at least 1, found {self.group_size!r}."
             )
 
+    def _check_static(self) -> None:
+        if self.granularity != "tensor":
+            raise ConfigError(
+                f"QuantSpec: range='static' needs granularity='tensor', found {self.granularity!r}: one fixed scale a "
+                f"tensor is what integer kernels take."
+            )
+        if self.method not in ("ddt", "ste") or self.scale != "minmax":
+            raise ConfigError(
+                f"QuantSpec: range='static' takes method 'ddt' or 'ste' and scale='minmax', found method="
+                f"{self.method!r} and scale={self.scale!r}; a learned step is fixed by itself."
+            )
+        if self.scheme == "linear" and self.bits < MIN_STATIC_LINEAR_BITS:
+            raise ConfigError(
+                f"QuantSpec: range='static' with scheme='linear' takes {MIN_STATIC_LINEAR_BITS} to {MAX_BITS} bits, "
+                f"found {self.bits}: below, the scale is a mean and no range; take scheme='affine'."
+            )
+
     @property
     def levels(self) -> tuple[int, int]:
         """The smallest and the largest code. Binary linear has only these two, and no 0 between them."""
         if self.scheme == "affine":
             return 0, 2 ** int(self.bits) - 1
         top = 1 if self.bits in (1, TERNARY) else 2 ** (int(self.bits) - 1) - 1
-        return -top, top
+        return (-top - 1 if self.range == "static" else -top), top
 
     @property
     def storage_bits(self) -> float:
@@ -104,7 +131,8 @@ class QuantSpec:
         group = f"block {self.group_size}" if self.granularity == "block" else self.granularity
         bits = "ternary" if self.bits == TERNARY else f"{self.bits}-bit"
         scale = " absmean" if self.scale == "absmean" else ""
-        return f"{bits} {self.scheme} {self.method}{scale} per {group}"
+        fixed = ", static range" if self.range == "static" else ""
+        return f"{bits} {self.scheme} {self.method}{scale} per {group}{fixed}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `QuantSpec.from_dict` reads it back."""

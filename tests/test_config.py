@@ -114,6 +114,9 @@ def test_sparsity_round_trip(spec: SparsitySpec) -> None:
         ("A1.58W1", QuantSpec(1), QuantSpec(1.58, "linear", "token")),
         ("A4W1@tensor", QuantSpec(1, granularity="tensor"), QuantSpec(4, granularity="tensor")),
         ("A4W1@channel", QuantSpec(1), QuantSpec(4, granularity="token")),
+        ("A8sW7", QuantSpec(7, "linear"), QuantSpec(8, granularity="tensor", method="ste", range="static")),
+        ("A4sW1@32", QuantSpec(1, "affine", "block", 32), QuantSpec(4, granularity="tensor", range="static")),
+        ("A8s", None, QuantSpec(8, granularity="tensor", method="ste", range="static")),
         ("A4W1-2:4", QuantSpec(1, "linear"), QuantSpec(4, granularity="token")),
         ("A8W4", QuantSpec(4), QuantSpec(8, "affine", "token")),
         ("A8W4@128", QuantSpec(4, "affine", "block", 128), QuantSpec(8, "linear", "block", 128, "ste")),
@@ -181,7 +184,7 @@ def test_bad_notation(text: str, found: str, near: str | None) -> None:
     message = str(error.value)
     assert f"config {text!r}: " in message
     assert found in message
-    assert "The grammar is A<bits>W<bits>" in message
+    assert "The grammar is A<bits>[s]W<bits>" in message
     if near is not None:
         assert f"Did you mean {near!r}?" in message
         QConfig.parse(near)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qgraph.analysis.recorded import Recorded, record_module
 from qgraph.errors import ExportError, InspectError
+from qgraph.graph import unwrapped
 
 __all__ = ["LayerDifference", "ModelComparison", "compare"]
 
@@ -180,7 +181,6 @@ def compare(a: Comparable, b: Comparable, inputs: Any) -> ModelComparison:
 
 def _tensors(model: nn.Module | None, inputs: Any) -> dict[str, Tensor]:
     """The tensors among the inputs by the names that a file gives them; without a model, by their place."""
-    from qgraph.exporters.job import unwrapped
     from qgraph.exporters.signature import flatten_inputs
 
     if model is not None:

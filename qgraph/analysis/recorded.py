@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qgraph.errors import InspectError
-from qgraph.graph import config_of, is_prepared
+from qgraph.graph import config_of, is_prepared, unwrapped
 
 
 @dataclass(slots=True)
@@ -42,7 +42,6 @@ def record_module(name: str, model: nn.Module, inputs: Any) -> Recorded:
     InspectError
         When the model does not run on the inputs.
     """
-    from qgraph.exporters.job import unwrapped
     from qgraph.exporters.signature import flat_model, flatten_inputs
 
     model = unwrapped(model)
