@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec
-from qgraph.ops import ddt_cpu
+from qgraph.ops import ddt_cpu, native
 from qgraph.ops.codes import affine_scale, linear_scale, nonzero_scale, round_affine, round_linear, work_dtype
 
 
@@ -54,6 +54,8 @@ class DDT(torch.autograd.Function):
 
     @staticmethod
     def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        if native.quantizes(spec, dense, sparse):
+            return native.forward(dense.detach(), None if sparse is None else sparse.detach(), spec)
         if ddt_cpu.applies(dense, sparse):
             return ddt_cpu.forward(dense, sparse, spec)
         qc, stats = centred_codes(dense, sparse, spec)
@@ -76,6 +78,8 @@ class DDT(torch.autograd.Function):
         dense, sparse, stats = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = differentiable_gradient(grads[0], dense, sparse, ctx.spec)
+        elif native.quantizes(ctx.spec, dense, sparse, grads[0].contiguous()):
+            grad = native.gradient(grads[0], dense, sparse, stats, ctx.spec)
         elif ddt_cpu.applies(dense, sparse) and type(grads[0]) is Tensor:
             grad = ddt_cpu.gradient(grads[0], dense, sparse, stats, ctx.spec)
         else:
@@ -90,6 +94,10 @@ def centred_codes(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tupl
     """
     wide = dense.to(work_dtype(dense.dtype))
     pruned = None if sparse is None else sparse.to(wide.dtype)
+    if native.quantizes(spec, dense, sparse):  # the very step of the forward pass, so that codes are the same
+        _, stats = native.forward(dense.detach(), None if sparse is None else sparse.detach(), spec)
+        step, offset, mean_q = stats[..., :1], stats[..., 1:2] if spec.scheme == "affine" else None, stats[..., 2:3]
+        return _codes_and_noise(wide, pruned, step, offset, spec)[0].sub_(mean_q), stats
     step, offset = _step_and_offset(wide if pruned is None else pruned, spec, pruned is not None)
     q, noise = _codes_and_noise(wide, pruned, step, offset, spec)
     if offset is not None:

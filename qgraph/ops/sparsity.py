@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qgraph.config import SparsitySpec
-from qgraph.ops import eager, selection
+from qgraph.ops import eager, native, selection
 from qgraph.ops.groups import Groups
 from qgraph.ops.sharded import is_sharded, on_whole
 
@@ -74,6 +74,9 @@ def _mask(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
 class _Sparsify(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
+        found = _compiled(w, sparsity, groups)
+        if found is not None:
+            return found
         # A product is several times faster than torch.where, and shows an Inf that is pruned as NaN.
         return w * _mask(w, sparsity, groups).to(w.dtype)
 
@@ -84,6 +87,22 @@ class _Sparsify(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0], None, None
+
+
+def _compiled(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor | None:
+    """The pruned values by compiled passes, where those apply."""
+    if sparsity.kind == "block" or w.numel() == 0 or not native.applies(w):
+        return None
+    w = w.detach()
+    if sparsity.kind == "unstructured":
+        return native.prune_largest(w, _kept(w.numel(), sparsity.ratio or 0.0))
+    along = groups.sparsity_rows()
+    rows = along.to_rows(w).contiguous()
+    return along.from_rows(native.prune_runs(rows, sparsity.n or 1, sparsity.m or 1), w.shape)
+
+
+def _kept(n: int, ratio: float) -> int:
+    return max(1, n - round(ratio * n))
 
 
 def _keep_n_of_m(rows: Tensor, n: int, m: int, keep: Tensor) -> None:
@@ -131,7 +150,7 @@ def _keep_tiles(rows: Tensor, block_shape: tuple[int, int], ratio: float) -> Ten
 def _largest(magnitude: Tensor, ratio: float) -> Tensor:
     """Mask of all but the `round(ratio * n)` smallest values of a vector, at least one kept; bool, or 1.0 and 0.0."""
     n = magnitude.shape[0]
-    kept = max(1, n - round(ratio * n))
+    kept = _kept(n, ratio)
     if n >= SEARCHED and magnitude.dtype == torch.float32 and eager.on_cpu(magnitude):
         found = selection.largest(magnitude, kept)
         if found is not None:

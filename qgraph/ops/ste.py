@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec
+from qgraph.ops import native
 from qgraph.ops.codes import (
     TERNARY_BITS,
     affine_scale,
@@ -22,6 +23,7 @@ from qgraph.ops.codes import (
     nonzero_scale,
     round_affine,
     round_linear,
+    scale_is_mean,
     work_dtype,
 )
 
@@ -31,6 +33,9 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, spec: QuantSpec, sparse: bool) -> Tensor:
+        # Not with a mean for its scale: its sum has to be that of `ste_codes`, or codes would differ.
+        if native.quantizes(spec, x) and not sparse and not scale_is_mean(spec):
+            return native.forward(x.detach(), None, spec, regress=False)[0]
         q, step, offset = ste_codes(x, spec, sparse)
         y = q.mul_(step) if offset is None else torch.addcmul(offset, q, step)
         return y.to(x.dtype)
