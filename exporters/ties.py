@@ -16,7 +16,8 @@ from torch import Tensor
 from qgraph.config import QuantSpec
 from qgraph.modules import ActivationForm
 from qgraph.ops import quantize, scale_is_mean
-from qgraph.ops.ste import absmean_factor
+from qgraph.ops.codes import absmean_factor, middle
+from qgraph.ops.seq import levels_a_side
 
 TIE = 1e-4  # in code steps: float32 computes a position in 0..255 to about 3e-5
 TINY = torch.finfo(torch.float32).tiny
@@ -84,10 +85,15 @@ def _positions(x: Tensor, spec: QuantSpec, size: Tensor | None) -> tuple[Tensor,
     low = x.amin(-1, keepdim=True) if spec.scheme == "affine" else torch.zeros_like(x[..., :1])
     if size is not None:
         step = size
+        if spec.method == "seq":
+            step = size / levels_a_side(spec)
+            low = -middle(spec) * step
+    elif spec.scale != "minmax":
+        centre = x.mean(-1, keepdim=True) if spec.scheme == "affine" else low
+        step = (x - centre).abs().mean(-1, keepdim=True) * absmean_factor(spec)
+        low = centre - middle(spec) * step
     elif spec.scheme == "affine":
         step = (x.amax(-1, keepdim=True) - low) / spec.levels[1]
-    elif spec.scale == "absmean":
-        step = x.abs().mean(-1, keepdim=True) * absmean_factor(spec)
     else:
         size = x.abs()
         step = size.mean(-1, keepdim=True) if scale_is_mean(spec) else size.amax(-1, keepdim=True) / spec.levels[1]

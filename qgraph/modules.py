@@ -128,7 +128,7 @@ _enabled = operator.attrgetter("enabled")
 
 
 class Quantizer(nn.Module):
-    """What the quantizers share: a site name, a switch and, for `method="lsq"`, a learned step.
+    """What the quantizers share: a site name, a switch and, for methods that learn it, a step.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ class ActivationQuantizer(Quantizer):
 
     def __init__(self, spec: QuantSpec, groups: Groups, site: str) -> None:
         super().__init__(spec, groups, site)
-        if spec.method == "lsq":
+        if spec.learns:
             # One step a tensor, since a step learned per token has no meaning; 0 says "not yet initialized".
             self.step = nn.Parameter(torch.zeros(1, 1))
         self.range = RunningRange(spec) if spec.range == "static" else None

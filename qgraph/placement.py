@@ -80,7 +80,7 @@ class Owner:
 
             def make() -> WeightQuantizer:
                 made = WeightQuantizer(spec, groups, placed.site)
-                if spec.method == "lsq":
+                if spec.learns:
                     made.initialize_step(example())
                 return made
 
@@ -92,7 +92,7 @@ class Owner:
         spec: QuantSpec | None = self.config.activation if self.config is not None else None
         if spec is None:
             return None
-        groups = Groups("tensor") if spec.method == "lsq" else Groups.for_activation(spec, call.conv)
+        groups = Groups("tensor") if spec.learns else Groups.for_activation(spec, call.conv)
         return self._get(
             placed.key,
             placed.site,

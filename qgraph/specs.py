@@ -13,8 +13,8 @@ __all__ = ["QuantSpec", "SparsitySpec", "checked_keys", "set_field"]
 
 Scheme = Literal["affine", "linear"]
 Granularity = Literal["tensor", "channel", "block", "token"]
-Method = Literal["ddt", "ste", "lsq"]
-Scale = Literal["minmax", "absmean"]
+Method = Literal["ddt", "ste", "lsq", "seq"]
+Scale = Literal["minmax", "absmean", "windowed"]
 Range = Literal["dynamic", "static"]
 SparsityKind = Literal["n:m", "unstructured", "block"]
 
@@ -41,10 +41,14 @@ class QuantSpec:
     group_size : int, optional
         The length of a block; given with "block" and only then. The last block of a row may be shorter, and
         a row that is no longer than a block is one group.
-    method : "ddt", "ste" or "lsq"
-        The denoising transform, plain straight-through rounding, or a learned step size.
-    scale : "minmax" or "absmean"
-        Where the scale comes from; "absmean" belongs to method "ste" with the linear scheme.
+    method : "ddt", "ste", "lsq" or "seq"
+        The denoising transform, straight-through rounding, a learned step size, or ParetoQ's learned range for at most
+        2 bits.
+    scale : "minmax", "absmean" or "windowed"
+        Where the scale comes from. "minmax" is the range of the group, as in the paper (linear levels within -1..1: the
+        mean magnitude); "absmean" the mean magnitude, about the mean of the group if affine; "windowed" the same, and
+        values further than half a step beyond the outer levels pass no gradient on through their codes. Method "ste"
+        learns through such a scale. A learned step has none: "minmax".
     lam : float
         Ridge penalty of the denoising regression.
     range : "dynamic" or "static"
@@ -73,10 +77,15 @@ class QuantSpec:
         _check_choice("range", self.range, Range)
         if self.bits == TERNARY and self.scheme == "affine":
             raise ConfigError("QuantSpec: ternary levels are -1, 0, 1, so 1.58 bits take scheme='linear'.")
-        if self.scale == "absmean" and (self.method != "ste" or self.scheme != "linear"):
+        if self.scale != "minmax" and self.method not in ("ddt", "ste"):
             raise ConfigError(
-                f"QuantSpec: scale='absmean' belongs to method='ste' and scheme='linear', "
-                f"found method={self.method!r} and scheme={self.scheme!r}."
+                f"QuantSpec: scale={self.scale!r} belongs to method='ddt' or 'ste', found method={self.method!r}, "
+                "whose step is learned."
+            )
+        if self.method == "seq" and (self.bits > 2 or (self.bits, self.scheme) == (2, "linear")):
+            raise ConfigError(
+                f"QuantSpec: method='seq' has 2, 3 or 4 levels, so bits are 1, 1.58 or 2 (affine), "
+                f"found bits={self.bits!r} and scheme={self.scheme!r}; use method='lsq'."
             )
         self._check_group_size()
         if self.range == "static":
@@ -115,6 +124,11 @@ class QuantSpec:
             )
 
     @property
+    def learns(self) -> bool:
+        """Whether the step is a parameter."""
+        return self.method in ("lsq", "seq")
+
+    @property
     def levels(self) -> tuple[int, int]:
         """The smallest and the largest code. Binary linear has only these two, and no 0 between them."""
         if self.scheme == "affine":
@@ -130,7 +144,7 @@ class QuantSpec:
     def __str__(self) -> str:
         group = f"block {self.group_size}" if self.granularity == "block" else self.granularity
         bits = "ternary" if self.bits == TERNARY else f"{self.bits}-bit"
-        scale = " absmean" if self.scale == "absmean" else ""
+        scale = "" if self.scale == "minmax" else f" {self.scale}"
         fixed = ", static range" if self.range == "static" else ""
         return f"{bits} {self.scheme} {self.method}{scale} per {group}{fixed}"
 

@@ -47,7 +47,7 @@ def specs(draw, granularities: tuple[str, ...], schemes: tuple[str, ...] = ("aff
     granularity = draw(st.sampled_from(granularities))
     scheme = "linear" if bits == 1.58 else draw(st.sampled_from(schemes))
     method = draw(st.sampled_from(["ddt", "ste", "lsq"]))
-    scale = draw(st.sampled_from(["minmax", "absmean"])) if method == "ste" and scheme == "linear" else "minmax"
+    scale = draw(st.sampled_from(["minmax", "absmean", "windowed"])) if method != "lsq" else "minmax"
     group_size = draw(st.integers(1, 512)) if granularity == "block" else None
     lam = draw(st.floats(0, 1e6))
     return QuantSpec(bits, scheme, granularity, group_size, method, scale, lam)
@@ -224,7 +224,7 @@ def test_not_a_notation_at_all(value: object) -> None:
         (lambda: QuantSpec(4, granularity="row"), "granularity is one of tensor, channel, block, token"),
         (lambda: QuantSpec(4, method="xnor"), "method is one of ddt, ste, lsq, found 'xnor'"),
         (lambda: QuantSpec(4, scale="median"), "scale is one of minmax, absmean"),
-        (lambda: QuantSpec(4, scale="absmean"), "belongs to method='ste' and scheme='linear'"),
+        (lambda: QuantSpec(4, method="lsq", scale="absmean"), "whose step is learned"),
         (lambda: QuantSpec(4, granularity="block"), "needs a group_size of at least 1, found None"),
         (lambda: QuantSpec(4, granularity="block", group_size=0), "found 0"),
         (lambda: QuantSpec(4, group_size=128), "group_size=128 needs granularity='block'"),

@@ -19,7 +19,8 @@ from qgraph.exporters.lowering.builder import GraphBuilder
 from qgraph.exporters.lowering.grouping import GroupMath, on_groups
 from qgraph.modules import ActivationForm
 from qgraph.ops import scale_is_mean
-from qgraph.ops.ste import absmean_factor
+from qgraph.ops.codes import absmean_factor, middle
+from qgraph.ops.seq import levels_a_side
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -74,7 +75,7 @@ def ddt_linear(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | No
 
 
 def ste_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
-    """`min x + step q`."""
+    """`offset + step q`; the offset is min x, or lies half the levels below the mean."""
     q, scale, low = _affine_codes(m, x, spec)
     return m.add(low, m.mul(q, scale))
 
@@ -99,6 +100,18 @@ def lsq_linear(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | No
     return m.mul(_linear_round(m, m.div(x, scale), spec), scale)
 
 
+def seq(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
+    """ParetoQ's levels over a learned range, each `middle` away from its code."""
+    size = m.scalar(_size(step))
+    f = m.div(x, size)
+    if spec.bits == 1:
+        return m.where(m.op("GreaterOrEqual", f, m.scalar(0)), size, m.scalar(-_size(step)))
+    a_side = levels_a_side(spec)
+    shift = m.scalar(middle(spec))
+    q = m.clip(m.round(m.add(m.mul(f, m.scalar(a_side)), shift)), *spec.levels)
+    return m.mul(m.sub(q, shift), m.scalar(_size(step) / a_side))
+
+
 RECIPES: dict[tuple[str, str | None], Callable[[GroupMath, ir.Value, QuantSpec, np.ndarray | None], ir.Value]] = {
     ("ddt", "affine"): ddt_affine,
     ("ddt", "linear"): ddt_linear,
@@ -106,18 +119,27 @@ RECIPES: dict[tuple[str, str | None], Callable[[GroupMath, ir.Value, QuantSpec, 
     ("ste", "linear"): ste_linear,
     ("lsq", "affine"): lsq_affine,
     ("lsq", "linear"): lsq_linear,
+    ("seq", "affine"): seq,
+    ("seq", "linear"): seq,
 }
 
 
 def _affine_codes(m: GroupMath, x: ir.Value, spec: QuantSpec) -> tuple[ir.Value, ir.Value, ir.Value]:
     low = m.min(x)
-    scale = _nonzero(m, m.div(m.sub(m.max(x), low), m.scalar(spec.levels[1])))
-    return m.round(m.div(m.sub(x, low), scale)), scale, low
+    if spec.scale == "minmax":
+        scale = _nonzero(m, m.div(m.sub(m.max(x), low), m.scalar(spec.levels[1])))
+        return m.round(m.div(m.sub(x, low), scale)), scale, low
+    above = m.sub(x, low)
+    mean = m.mean(above)
+    size = m.mul(m.mean(m.abs(m.sub(above, mean))), m.scalar(absmean_factor(spec)))
+    offset = m.sub(m.add(low, mean), m.mul(size, m.scalar(middle(spec))))
+    scale = _nonzero(m, size)
+    return m.clip(m.round(m.div(m.sub(x, offset), scale)), *spec.levels), scale, offset
 
 
 def _linear_scale(m: GroupMath, x: ir.Value, spec: QuantSpec) -> ir.Value:
     size = m.abs(x)
-    if spec.scale == "absmean":
+    if spec.scale != "minmax":
         return m.mul(m.mean(size), m.scalar(absmean_factor(spec)))
     if scale_is_mean(spec):
         return m.mean(size)
@@ -144,20 +166,29 @@ def _nonzero(m: GroupMath, scale: ir.Value) -> ir.Value:
 
 
 def _learned(m: GroupMath, step: np.ndarray | None) -> ir.Value:
+    return m.scalar(_size(step))
+
+
+def _size(step: np.ndarray | None) -> float:
     assert step is not None
-    return m.scalar(max(abs(float(step.reshape(()))), float(TINY)))
+    return max(abs(float(step.reshape(()))), float(TINY))
 
 
 def reference(x: np.ndarray, spec: QuantSpec, step: float | None = None) -> np.ndarray:
     """What the recipes compute on one group, in float64 numpy, from ddt.md's formulas."""
     x = x.astype(np.float64)
     low = x.min() if spec.scheme == "affine" else 0.0
-    if step is not None:
+    if step is not None and spec.method == "seq":
+        scale = abs(step) / levels_a_side(spec)
+        low = -middle(spec) * scale
+    elif step is not None:
         scale = abs(step)
+    elif spec.scale != "minmax":
+        centre = x.mean() if spec.scheme == "affine" else 0.0
+        scale = np.abs(x - centre).mean() * absmean_factor(spec)
+        low = centre - middle(spec) * scale
     elif spec.scheme == "affine":
         scale = (x.max() - low) / spec.levels[1]
-    elif spec.scale == "absmean":
-        scale = np.abs(x).mean() * absmean_factor(spec)
     else:
         scale = np.abs(x).mean() if scale_is_mean(spec) else np.abs(x).max() / spec.levels[1]
     f = (x - low) / (scale if scale >= TINY else 1.0)

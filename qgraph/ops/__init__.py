@@ -1,6 +1,6 @@
 """The mathematics of quantization and sparsity: fast forward and backward passes, and what is deployed.
 
-`fake_quantize` is what training runs, `quantize` what is exported; both cover the methods ddt, ste and lsq
+`fake_quantize` is what training runs, `quantize` what is exported; both cover the methods ddt, ste, lsq and seq
 for every width, scheme and group. `reference.py` holds the slow versions that the tests compare with.
 """
 
@@ -15,6 +15,7 @@ from qgraph.ops.ddt import DDT
 from qgraph.ops.groups import Groups
 from qgraph.ops.lsq import LearnedStep, lsq_initial_step, required_step
 from qgraph.ops.quantized import Quantized, quantize
+from qgraph.ops.seq import StretchedElastic, seq_initial_size
 from qgraph.ops.sharded import is_sharded, on_whole, whole
 from qgraph.ops.sparsity import sparsify, sparsity_mask
 from qgraph.ops.ste import AbsMean, StraightThrough
@@ -48,7 +49,7 @@ def fake_quantize(
         `dense + constant`; ste and lsq give theirs to `x`, whose sparsifier passes it on. The gradient of the
         parameter is complete in each case.
     step : Tensor, shape `groups.shape(x.shape)` or broadcastable to it, optional
-        The learned step of method "lsq"; `initial_step` gives a start.
+        The learned step of methods "lsq" and "seq"; `initial_step` gives a start.
 
     Returns
     -------
@@ -83,8 +84,14 @@ def fake_quantize(
         else:
             pairs = zip(groups.pieces(dense), pieces, strict=True)
             results = [DDT.apply(full, pruned, spec)[0] for full, pruned in pairs]
+    elif spec.method == "seq":
+        steps = groups.cut_scales(required_step(step, spec), x.shape)
+        results = [
+            StretchedElastic.apply(piece, s, spec, dense is not None, x.numel())
+            for piece, s in zip(pieces, steps, strict=True)
+        ]
     elif spec.method == "lsq":
-        step = required_step(step)
+        step = required_step(step, spec)
         steps = groups.cut_scales(step, x.shape)
         rows, count = groups.shape(x.shape)
         sharing = rows * count // step.numel()
@@ -93,16 +100,17 @@ def fake_quantize(
             for piece, s in zip(pieces, steps, strict=True)
         ]
     else:
-        function = AbsMean if spec.scale == "absmean" else StraightThrough
+        function = StraightThrough if spec.scale == "minmax" else AbsMean
         results = [function.apply(piece, spec, dense is not None) for piece in pieces]
     return groups.join(results, x.shape)
 
 
 @torch.no_grad()
 def initial_step(x: Tensor, spec: QuantSpec, groups: Groups) -> Tensor:
-    """A start for the learned step of method "lsq", shape `groups.shape(x.shape)`, float32 or wider."""
+    """A start for the learned step of methods "lsq" and "seq", shape `groups.shape(x.shape)`, float32 or wider."""
     x = whole(x)
     if x.numel() == 0:
         return x.new_ones(groups.shape(x.shape))
-    steps = [lsq_initial_step(piece, spec) for piece in groups.pieces(x)]
+    start = seq_initial_size if spec.method == "seq" else lsq_initial_step
+    steps = [start(piece, spec) for piece in groups.pieces(x)]
     return torch.cat(steps, dim=1).squeeze(-1)

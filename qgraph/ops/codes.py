@@ -13,6 +13,21 @@ from qgraph.config import QuantSpec
 
 TERNARY_BITS = 1.58
 
+# c of the step `c mean|x - centre|`, by bits: the uniform step of least squared error for Gaussian values (Max,
+# "Quantizing for minimum distortion", 1960), over their mean magnitude. One affine bit: the means of both halves.
+AFFINE_FACTORS = {1: 2.0, 2: 1.2479, 3: 0.7345, 4: 0.4201, 5: 0.2358, 6: 0.1304, 7: 0.0713, 8: 0.0386}
+LINEAR_FACTORS = {
+    1: 1.0,
+    TERNARY_BITS: 1.5341,
+    2: 1.5341,
+    3: 0.8156,
+    4: 0.4429,
+    5: 0.2422,
+    6: 0.1322,
+    7: 0.0718,
+    8: 0.0387,
+}
+
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype statistics are computed in: float64 for float64, float32 for everything narrower."""
@@ -34,6 +49,65 @@ def scale_is_mean(spec: QuantSpec) -> bool:
 def is_binary(spec: QuantSpec) -> bool:
     """Whether the levels are -1 and +1: `x >= 0` is +1."""
     return spec.bits == 1 and spec.scheme == "linear"
+
+
+def clips(spec: QuantSpec) -> bool:
+    """Whether values may lie beyond the outer levels by more than a rounding."""
+    return spec.scale != "minmax" or scale_is_mean(spec)
+
+
+def step_and_offset(x: Tensor, spec: QuantSpec, sparse: bool) -> tuple[Tensor, Tensor | None]:
+    """Step and offset (affine only) of each group, shape (rows, groups, 1); a step of 0 is possible if linear."""
+    if spec.scheme == "affine":
+        return affine_scale(x, spec.levels[1]) if spec.scale == "minmax" else centred_scale(x, spec)
+    if spec.scale == "minmax":
+        return linear_scale(x, spec, sparse), None
+    return mean_magnitude(x, sparse).mul_(absmean_factor(spec)), None
+
+
+def centred_scale(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Step `c mean|x - mean x|` of each group, and the offset that puts the middle of the levels at the mean.
+
+    Counted from the minimum, so that a constant group has spread 0 without rounding: its step is then 1 and its offset
+    its value, so that all codes are 0, as with `affine_scale`.
+    """
+    low = x.amin(dim=-1, keepdim=True)
+    above = x - low
+    mean = above.mean(dim=-1, keepdim=True)
+    size = above.sub_(mean).abs_().mean(dim=-1, keepdim=True).mul_(absmean_factor(spec))
+    return nonzero_scale(size), low.add_(mean).sub_(size * middle(spec))
+
+
+def absmean_factor(spec: QuantSpec) -> float:
+    """c of the step `c mean|x|`: 1 for straight-through binary and ternary codes (BitNet b1.58), and LSQ's
+    2 / sqrt(qmax) for wider linear ones; else the step that suits Gaussian values."""
+    if spec.scheme == "affine":
+        return AFFINE_FACTORS[int(spec.bits)]
+    if spec.method == "ddt":
+        return LINEAR_FACTORS[spec.bits]
+    return 1.0 if spec.bits <= TERNARY_BITS else 2 / spec.levels[1] ** 0.5
+
+
+def middle(spec: QuantSpec) -> float:
+    """The middle of the levels: 0 if linear."""
+    return (spec.levels[0] + spec.levels[1]) / 2
+
+
+def window(spec: QuantSpec) -> float | None:
+    """How far from the middle of the levels a position may lie for its code to pass the gradient on.
+
+    With scale "windowed" half a spacing beyond the outer levels: so far a value is rounded to its nearest level. None
+    is everywhere.
+    """
+    if spec.scale != "windowed":
+        return None
+    return (spec.levels[1] - spec.levels[0]) / 2 + (1.0 if is_binary(spec) else 0.5)
+
+
+def outside(f: Tensor, spec: QuantSpec) -> Tensor | None:
+    """Which positions lie outside the window; None where there is none. NaN does not."""
+    reach = window(spec)
+    return None if reach is None else (f - middle(spec)).abs_() > reach
 
 
 def affine_scale(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
@@ -77,9 +151,9 @@ def nonzero_scale(scale: Tensor) -> Tensor:
     return scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1.0)
 
 
-def round_affine(f: Tensor) -> Tensor:
-    """Codes of `f = (x - min) / step`; f lies in 0..qmax by construction, so nothing is clipped."""
-    return f.round()
+def round_affine(f: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes of `f = (x - offset) / step`; of a min/max scale they lie in 0..qmax by construction."""
+    return f.round().clamp_(*spec.levels) if clips(spec) else f.round()
 
 
 def round_linear(f: Tensor, spec: QuantSpec, sparse: bool) -> Tensor:

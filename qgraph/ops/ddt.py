@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.ops import ddt_cpu, native
-from qgraph.ops.codes import affine_scale, linear_scale, nonzero_scale, round_affine, round_linear, work_dtype
+from qgraph.ops.codes import nonzero_scale, outside, round_affine, round_linear, step_and_offset, work_dtype
 
 
 class DDT(torch.autograd.Function):
@@ -48,7 +48,11 @@ class DDT(torch.autograd.Function):
 
         dL/dx = a h + k mean(h) + (m / V) (2 k qc + e - mean e)     (linear: without mean(h) and mean(e))
 
-    which is ddt.md's form after `xc / s = qc + e - mean e`; written so that nothing large cancels at 8 bits.
+    which is ddt.md's form after `xc / s = qc + e - mean e`; written so that nothing large cancels at 8 bits. With scale
+    "windowed", which is no part of the paper, codes of values outside the window (`codes.window`) are constants: there
+
+        dL/dx = mean(h) + (m / V) qc     (linear: without mean(h))
+
     Kept for it: the inputs and six scalars a group. Codes are recomputed.
     """
 
@@ -121,13 +125,18 @@ def gradient(h: Tensor, dense: Tensor, sparse: Tensor | None, stats: Tensor, spe
     pruned = None if sparse is None else sparse.to(step.dtype)
     h = h.to(step.dtype)
     q, noise = _codes_and_noise(wide, pruned, step, offset if affine else None, spec)
+    far = outside(q + noise if pruned is None else _positions(pruned, step, offset if affine else None), spec)
     if affine:
         q = q.sub_(mean_q)
     push = (h * q).mean(dim=-1, keepdim=True).div_(ridge)
     rest = 1 - slope
+    level = h.mean(dim=-1, keepdim=True) if affine else torch.zeros_like(push)
+    constant = None if far is None else torch.addcmul(level, q, push)
     grad = q.mul_(2 * push * rest).addcmul_(noise, push).addcmul_(h, slope)
     if affine:
-        grad = grad.add_(rest * h.mean(dim=-1, keepdim=True) - push * noise.mean(dim=-1, keepdim=True))
+        grad = grad.add_(rest * level - push * noise.mean(dim=-1, keepdim=True))
+    if constant is not None:
+        grad = torch.where(far, constant, grad)
     return grad.to(dense.dtype)
 
 
@@ -141,23 +150,27 @@ def differentiable_gradient(h: Tensor, dense: Tensor, sparse: Tensor | None, spe
         pruned = None if sparse is None else sparse.to(wide.dtype)
         step, offset = _step_and_offset(wide if pruned is None else pruned, spec, pruned is not None)
         _, noise = _codes_and_noise(wide, pruned, step, offset, spec)
+        far = outside(_positions(wide if pruned is None else pruned, step, offset), spec)
     f = wide / step if offset is None else (wide - offset) / step
     q = f - noise
+    if far is not None:
+        q = torch.where(far, q.detach(), q)
     if offset is not None:
         q, f = q - q.mean(dim=-1, keepdim=True), f - f.mean(dim=-1, keepdim=True)
     ridge = _nonzero((q * q).mean(dim=-1, keepdim=True) + spec.lam)
     slope = (f * q).mean(dim=-1, keepdim=True) / ridge
     push = (h * q).mean(dim=-1, keepdim=True) / ridge
     grad = slope * h + push * (f + (1 - 2 * slope) * q)
-    if offset is not None:
-        grad = grad + (1 - slope) * h.mean(dim=-1, keepdim=True)
+    level = torch.zeros_like(push) if offset is None else h.mean(dim=-1, keepdim=True)
+    grad = grad + (1 - slope) * level
+    if far is not None:
+        grad = torch.where(far, level + push * q, grad)
     return grad.to(dense.dtype)
 
 
 def _step_and_offset(x: Tensor, spec: QuantSpec, sparse: bool) -> tuple[Tensor, Tensor | None]:
-    if spec.scheme == "affine":
-        return affine_scale(x, spec.levels[1])
-    return nonzero_scale(linear_scale(x, spec, sparse)), None
+    step, offset = step_and_offset(x, spec, sparse)
+    return (step if offset is not None else nonzero_scale(step)), offset
 
 
 def _codes_and_noise(
@@ -166,7 +179,7 @@ def _codes_and_noise(
     """q and e = f - q, two fresh tensors that the caller may overwrite; f is that of the dense values."""
     f = _positions(dense, step, offset)
     source = f if pruned is None else _positions(pruned, step, offset)
-    q = round_affine(source) if offset is not None else round_linear(source, spec, pruned is not None)
+    q = round_affine(source, spec) if offset is not None else round_linear(source, spec, pruned is not None)
     return q, f.sub_(q)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.ops import eager
-from qgraph.ops.codes import affine_scale, is_binary, linear_scale, nonzero_scale, scale_is_mean
+from qgraph.ops.codes import clips, is_binary, middle, nonzero_scale, step_and_offset, window
 
 # Values a chunk and thread: large enough to hide the calls, small enough for a buffer to be in cache and reused.
 CHUNK = 1 << 19
@@ -67,14 +67,14 @@ def _forward_chunk(x: Tensor, pruned: Tensor | None, spec: QuantSpec, f: Tensor,
     n = x.shape[1]
     source = x if pruned is None else pruned
     affine = spec.scheme == "affine"
-    if affine:
-        step, offset = affine_scale(source, spec.levels[1])
+    step, offset = step_and_offset(source, spec, pruned is not None)
+    if offset is not None:
         _codes(x, pruned, step, offset, spec, f, q)
         mean_q = q.mean(1, keepdim=True)
         mean_f = f.sub_(q).mean(1, keepdim=True).add_(mean_q)
         q.sub_(mean_q)
     else:
-        step, offset = nonzero_scale(linear_scale(source, spec, pruned is not None)), None
+        step = nonzero_scale(step)
         mean_q = mean_f = torch.zeros_like(step)
         _codes(x, pruned, step, None, spec, f, q)
     variance = torch.linalg.vector_norm(q, dim=1, keepdim=True).square_().div_(n)
@@ -110,6 +110,16 @@ def _gradient_chunk(
     torch.mul(h, slope, out=out).addcmul_(q, of_codes).addcmul_(f, push)
     if affine:
         out.add_((1 - slope).mul_(mean_h).addcmul_(push, mean_f, value=-1).addcmul_(of_codes, mean_q, value=-1))
+    reach = window(spec)
+    if reach is None:
+        return
+    q.mul_(push)  # what a constant code leaves
+    if affine:
+        q.add_(mean_h.addcmul_(push, mean_q, value=-1))
+    if pruned is not None:
+        _positions(pruned, step, offset if affine else None, f)
+    f.sub_(middle(spec)).abs_().gt_(reach)
+    out.lerp_(q, f)  # 1 where a code is constant, else 0; faster than torch.where, which takes a bool
 
 
 def _codes(
@@ -122,7 +132,7 @@ def _codes(
             torch.sign(f, out=q)
         else:
             torch.round(f, out=q)
-            if scale_is_mean(spec):
+            if clips(spec):
                 q.clamp_(*spec.levels)
         _positions(x, step, offset, f)
         return
@@ -132,7 +142,7 @@ def _codes(
         torch.add(f.new_full((1, 1), -1.0), q, alpha=2, out=q)
         return
     torch.round(f, out=q)
-    if scale_is_mean(spec):  # else |f| does not exceed the levels by more than a rounding
+    if clips(spec):  # else |f| does not exceed the levels by more than a rounding
         q.clamp_(*spec.levels)
 
 

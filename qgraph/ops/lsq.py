@@ -55,11 +55,11 @@ class LearnedStep(torch.autograd.Function):
         return torch.where(clipped, 0, grads[0]).to(x.dtype), step_grad.to(step.dtype), None, None, None
 
 
-def required_step(step: Tensor | None) -> Tensor:
+def required_step(step: Tensor | None, spec: QuantSpec) -> Tensor:
     """`step`, or the error that says where to get one."""
     if step is None:
         raise ConfigError(
-            "quantization with method='lsq': no learned step was given; "
+            f"quantization with method={spec.method!r}: no learned step was given; "
             "pass step=, a parameter that starts at qgraph.ops.initial_step(x, spec, groups)."
         )
     return step

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec
+from qgraph.ops.codes import middle
 from qgraph.ops.ddt import centred_codes
 from qgraph.ops.groups import Groups
 from qgraph.ops.lsq import lsq_codes, required_step
+from qgraph.ops.seq import seq_codes
 from qgraph.ops.ste import ste_codes
 
 
@@ -109,9 +111,13 @@ def _codes_of_piece(
         q, scale = qc.add_(mean_q).round_(), slope * size
         constant = torch.addcmul(offset, mean_f, size) - scale * mean_q
     elif spec.method == "lsq":
-        q, _, scale, low = lsq_codes(x, required_step(step), spec, dense is not None)
+        q, _, scale, low = lsq_codes(x, required_step(step, spec), spec, dense is not None)
         scale = scale + (q - q).sum(dim=-1, keepdim=True)  # a NaN among the codes has to show in the scale
         constant = torch.zeros_like(scale) if low is None else low
+    elif spec.method == "seq":
+        q, _, scale = seq_codes(x, required_step(step, spec), spec, dense is not None)
+        scale = scale + (q - q).sum(dim=-1, keepdim=True)
+        constant = -middle(spec) * scale
     else:
         q, scale, low = ste_codes(x, spec, dense is not None)
         constant = torch.zeros_like(scale) if low is None else low

@@ -1,11 +1,11 @@
 """The operations once more: one group at a time, plain autograd, slow and obviously right.
 
 The tests hold the fast versions to these; nothing else uses them. Each function follows the text of its paper
-line by line, with its noise detached, and shares no code with the fast versions but `Groups`' and the specs'
-fields.
+line by line, with its noise detached, and shares no code with the fast versions but `Groups`', the specs'
+fields and the factors of mean-magnitude scales.
 
-Source: arXiv 2409.09245 (ddt), arXiv 1902.08153 (lsq), arXiv 1603.05279 and 2402.17764 (mean-magnitude
-scales).
+Source: arXiv 2409.09245 (ddt), arXiv 1902.08153 (lsq), arXiv 2502.02631 (seq), arXiv 1603.05279 and 2402.17764
+(mean-magnitude scales).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec, SparsitySpec
+from qgraph.ops.codes import AFFINE_FACTORS, LINEAR_FACTORS
 from qgraph.ops.groups import Groups
 
 
@@ -32,6 +33,9 @@ def fake_quantize(
             full = None if dense_rows is None else dense_rows[i].split(block)[j]
             if spec.method == "ddt":
                 parts.append(ddt(group, spec, full))
+            elif spec.method == "seq":
+                assert steps is not None
+                parts.append(seq(group, steps[i, j], spec, full is not None, x.numel()))
             elif spec.method == "lsq":
                 assert step is not None and steps is not None
                 shared = group.numel() * (steps.numel() // step.numel())
@@ -47,11 +51,8 @@ def ddt(x_s: Tensor, spec: QuantSpec, dense: Tensor | None = None) -> Tensor:
     x = x_s if dense is None else dense
     sparse = dense is not None
     noisy = x + (x_s - x).detach()  # x_S = x + d_S
-    if spec.scheme == "affine":
-        b, s = x_s.min().detach(), ((x_s.max() - x_s.min()) / spec.levels[1]).detach()
-    else:
-        b, s = torch.zeros_like(x_s[0]), linear_step(x_s, spec, sparse).detach()
-    f = (noisy - b) / (s if s > 0 else 1)
+    b, s = (t.detach() for t in offset_and_step(x_s, spec, sparse))
+    f = window((noisy - b) / (s if s > 0 else 1), spec)
     q = f + (round_to_levels(f, spec, sparse) - f).detach()  # q = f + d_Q
     if spec.scheme == "affine":
         centred = q - q.mean()
@@ -64,15 +65,13 @@ def ddt(x_s: Tensor, spec: QuantSpec, dense: Tensor | None = None) -> Tensor:
 
 def ste(x: Tensor, spec: QuantSpec, sparse: bool = False) -> Tensor:
     """Straight-through quantization of one group; only a mean-magnitude scale is differentiated."""
-    if spec.scale == "absmean":
-        factor = 1.0 if spec.bits in (1, 1.58) else 2 / spec.levels[1] ** 0.5
-        s = factor * mean_magnitude(x, sparse)
-        f = x / (s if s > 0 else 1)
-        return s * (f + (round_to_levels(f, spec, sparse) - f).detach())
-    if spec.scheme == "affine":
-        b, s = x.min().detach(), ((x.max() - x.min()) / spec.levels[1]).detach()
-    else:
-        b, s = torch.zeros_like(x[0]), linear_step(x, spec, sparse).detach()
+    b, s = offset_and_step(x, spec, sparse)
+    if spec.scale != "minmax":
+        if s == 0:  # a constant group (linear: of zeros) is exact
+            return x
+        f = window((x - b) / s, spec)
+        return s * (f + (round_to_levels(f, spec, sparse) - f).detach()) + b
+    b, s = b.detach(), s.detach()
     y = s * round_to_levels((x - b) / (s if s > 0 else 1), spec, sparse) + b
     return x + (y - x).detach()
 
@@ -85,6 +84,53 @@ def lsq(x: Tensor, step: Tensor, spec: QuantSpec, sparse: bool = False, shared: 
     b = x.min().detach() if spec.scheme == "affine" else torch.zeros_like(x[0])
     f = ((x - b) / s).clamp(low, high)
     return s * (f + (round_to_levels(f, spec, sparse) - f).detach()) + b
+
+
+def seq(x: Tensor, size: Tensor, spec: QuantSpec, sparse: bool, count: int) -> Tensor:
+    """ParetoQ's quantizers of one group; the gradient of the range is scaled by 1 / sqrt of the tensor's size."""
+    g = count**-0.5
+    a = size * g + (size - size * g).detach()
+    if spec.bits == 1:
+        sign = torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, 0.0 if sparse else 1.0)).to(x.dtype)
+        passed = x * (x.abs() <= size.abs()).detach()
+        return a * sign + passed - passed.detach()
+    clipped = (x / a).clamp(-0.99, 0.99)
+    if spec.bits == 1.58:
+        rounded, shift = (clipped * 1.5).round() / 1.5, 2 / 3
+    else:
+        rounded, shift = ((clipped * 2 - 0.5).round() + 0.5) / 2, 3 / 4
+    inside = (x / a).abs() <= 0.99
+    position = (
+        torch.where(inside, x / a, shift * x.sign()).detach()
+        + torch.where(inside, x / a, 0)
+        - torch.where(inside, x / a, 0).detach()
+    )
+    return a * (position + (rounded - position).detach())
+
+
+def offset_and_step(x: Tensor, spec: QuantSpec, sparse: bool) -> tuple[Tensor, Tensor]:
+    """Offset and step, differentiable: of a min/max scale, or of the mean magnitude about the mean (linear: 0)."""
+    if spec.scale == "minmax":
+        if spec.scheme == "affine":
+            return x.min(), (x.max() - x.min()) / spec.levels[1]
+        return torch.zeros_like(x[0]), linear_step(x, spec, sparse)
+    if spec.scheme == "affine":
+        step = AFFINE_FACTORS[int(spec.bits)] * (x - x.mean()).abs().mean()
+        return x.mean() - spec.levels[1] / 2 * step, step
+    if spec.method == "ddt":
+        factor = LINEAR_FACTORS[spec.bits]
+    else:
+        factor = 1.0 if spec.bits in (1, 1.58) else 2 / spec.levels[1] ** 0.5
+    return torch.zeros_like(x[0]), factor * mean_magnitude(x, sparse)
+
+
+def window(f: Tensor, spec: QuantSpec) -> Tensor:
+    """`f`, but constant where it lies more than half a spacing beyond the outer levels."""
+    if spec.scale != "windowed":
+        return f
+    half = 1.0 if spec.bits == 1 and spec.scheme == "linear" else 0.5
+    low, high = spec.levels
+    return torch.where((f < low - half) | (f > high + half), f.detach(), f)
 
 
 def linear_step(x: Tensor, spec: QuantSpec, sparse: bool) -> Tensor:

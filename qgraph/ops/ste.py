@@ -1,5 +1,5 @@
 """Straight-through quantization, the baseline: min/max scale, and a mean-magnitude scale that is learned
-through.
+through, with or without a window for the gradient.
 
 Works on one piece of a tensor, shape (rows, groups, values). Sparse values are taken as they come: their
 gradient passes on to the sparsifier, which hands it to the dense values.
@@ -15,15 +15,15 @@ from torch import Tensor
 from qgraph.config import QuantSpec
 from qgraph.ops import native
 from qgraph.ops.codes import (
-    TERNARY_BITS,
-    affine_scale,
+    absmean_factor,
     kept_count,
-    linear_scale,
-    mean_magnitude,
+    middle,
     nonzero_scale,
+    outside,
     round_affine,
     round_linear,
     scale_is_mean,
+    step_and_offset,
     work_dtype,
 )
 
@@ -50,16 +50,26 @@ class StraightThrough(torch.autograd.Function):
 
 
 class AbsMean(torch.autograd.Function):
-    """`y = s q` with `s = c mean|x|`, and the gradient flowing through s as well.
+    """`y = m + s (q - c)` with `s = k mean|x - m|`, `m` the mean (linear: 0), `c` the middle of the levels, and the
+    gradient flowing through s and m as well.
 
-    The codes are straight-through, `q = x / s + noise` with the noise (rounding and clipping) constant, so
-    `dL/dx = h + (c sign(x) / n) sum(h noise)`; n counts the kept values of a sparse tensor.
+    The codes are straight-through, `q = (x - m) / s + c + noise` with the noise (rounding and clipping) constant. With
+    scale "windowed" a code is constant where its value lies outside the window: `w` is 0 there, else 1. Then
+    `y = w (x + s noise) + (1 - w) (m + s (q - c))` and
+
+        dL/dx = w h + mean((1 - w) h) + ds/dx sum(h (w noise + (1 - w) (q - c)))     (linear: without the mean)
+
+    with `ds/dx = (k / n) (sign(x - m) - mean sign(x - m))` (linear: without the mean); n counts the kept values of a
+    sparse tensor. Binary and linear this is XNOR-Net's weight with its scale learned through.
+
+    Source: Rastegari et al., arXiv 1603.05279; Ma et al., arXiv 2402.17764.
     """
 
     @staticmethod
     def forward(x: Tensor, spec: QuantSpec, sparse: bool) -> Tensor:
-        q, step, _ = ste_codes(x, spec, sparse)
-        return q.mul_(step).to(x.dtype)
+        q, step, offset = ste_codes(x, spec, sparse)
+        y = q.mul_(step) if offset is None else torch.addcmul(offset, q, step)
+        return y.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -68,28 +78,32 @@ class AbsMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
+        (x,), spec = ctx.saved_tensors, ctx.spec
+        h = grads[0].to(work_dtype(x.dtype))
         x = x.detach()  # scale and noise are piecewise linear in x: no second derivative but through h
-        q, step, _ = ste_codes(x, ctx.spec, ctx.sparse)
-        noise = q.sub_(x / nonzero_scale(step))
-        push = (grads[0] * noise).sum(dim=-1, keepdim=True) * absmean_factor(ctx.spec)
-        grad = grads[0] + x.sign() * (push / kept_count(x, ctx.sparse))
+        q, step, offset = ste_codes(x, spec, ctx.sparse)
+        wide = x.to(q.dtype)
+        f = wide / nonzero_scale(step) if offset is None else (wide - offset).div_(step)
+        moves, far = q - f, outside(f, spec)
+        grad = h
+        if far is not None:
+            moves = torch.where(far, q - middle(spec), moves)
+            grad = torch.where(far, 0, h)
+        push = (h * moves).sum(dim=-1, keepdim=True) * absmean_factor(spec)
+        if offset is None:
+            return (grad + x.sign() * (push / kept_count(x, ctx.sparse))).to(x.dtype), None, None
+        sides = (f - middle(spec)).sign_()
+        sides = sides - sides.mean(dim=-1, keepdim=True)
+        grad = grad + sides * (push / x.shape[-1])
+        if far is not None:
+            grad = grad + torch.where(far, h, 0).mean(dim=-1, keepdim=True)
         return grad.to(x.dtype), None, None
-
-
-def absmean_factor(spec: QuantSpec) -> float:
-    """c of `s = c mean|x|`: 1 for binary and ternary, else LSQ's 2 / sqrt(qmax)."""
-    return 1.0 if spec.bits <= TERNARY_BITS else 2 / spec.levels[1] ** 0.5
 
 
 def ste_codes(x: Tensor, spec: QuantSpec, sparse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes (a fresh float tensor), step (0 for zeros, if linear) and offset (affine only) of each group."""
     wide = x.to(work_dtype(x.dtype))
-    if spec.scheme == "affine":
-        step, low = affine_scale(wide, spec.levels[1])
-        return round_affine((wide - low).div_(step)), step, low
-    if spec.scale == "absmean":
-        step = mean_magnitude(wide, sparse).mul_(absmean_factor(spec))
-    else:
-        step = linear_scale(wide, spec, sparse)
+    step, offset = step_and_offset(wide, spec, sparse)
+    if offset is not None:
+        return round_affine((wide - offset).div_(step), spec), step, offset
     return round_linear(wide / nonzero_scale(step), spec, sparse), step, None

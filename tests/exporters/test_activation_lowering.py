@@ -20,6 +20,14 @@ SPECS = [
     *(QuantSpec(bits, "linear", "token") for bits in (1, 1.58, 2, 4, 8)),
     *(QuantSpec(bits, scheme, "token", method="ste") for bits in (1, 4, 8) for scheme in ("affine", "linear")),
     *(QuantSpec(bits, "linear", "token", method="ste", scale="absmean") for bits in (1, 1.58, 4)),
+    *(
+        QuantSpec(bits, granularity="token", method=m, scale="windowed")
+        for m in ("ddt", "ste")
+        for bits in (1, 1.58, 2)
+    ),
+    *(QuantSpec(bits, granularity="token", scale="absmean") for bits in (1, 4)),
+    *(QuantSpec(bits, granularity="tensor", method="seq") for bits in (1, 1.58, 2)),
+    QuantSpec(1, "linear", "tensor", method="seq"),
     *(QuantSpec(bits, scheme, "tensor", method="lsq") for bits in (1, 4) for scheme in ("affine", "linear")),
     QuantSpec(2, granularity="token", lam=0.0),
 ]
@@ -48,19 +56,19 @@ def run(form, x, shape=None):
 
 
 def form_of(spec, groups):
-    return ActivationForm(spec, groups, torch.tensor([[0.23]]) if spec.method == "lsq" else None)
+    return ActivationForm(spec, groups, torch.tensor([[0.23]]) if spec.learns else None)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_method_and_width(spec):
-    groups = Groups("tensor") if spec.method == "lsq" else Groups("token")
+    groups = Groups("tensor") if spec.learns else Groups("token")
     form = form_of(spec, groups)
     x = torch.randn(40, 33, generator=torch.Generator().manual_seed(0)) * 3 + 0.2
     y, want = run(form, x), fake_quantize(x, spec, groups, step=form.step)
     found = explain(x, y, x, form)
     assert found.unexplained < 2e-6  # float32 sums over 33 values
     assert found.flips or relative_difference(want, y) < 2e-6
-    rows = x.reshape(1, -1) if spec.method == "lsq" else x
+    rows = x.reshape(1, -1) if spec.learns else x
     step = None if form.step is None else 0.23
     by_hand = np.stack([reference(row.numpy(), spec, step) for row in rows]).reshape(x.shape)
     off = np.abs(by_hand - y.numpy()) > 1e-5 * np.abs(x).max().item()
@@ -78,7 +86,9 @@ def test_every_layout(layout, spec):
     assert found.flips or relative_difference(want, y) < 2e-6
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(1), QuantSpec(4), QuantSpec(8, "linear", method="ste")], ids=str)
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(1), QuantSpec(2, scale="windowed"), QuantSpec(4), QuantSpec(8, "linear", method="ste")], ids=str
+)
 def test_constant_groups_and_zeros(spec):
     x = torch.stack([torch.zeros(8), torch.full((8,), -2.5), torch.arange(8.0)])
     y = run(ActivationForm(spec, Groups("token")), x)

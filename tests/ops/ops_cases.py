@@ -14,17 +14,23 @@ settings.load_profile("ops")
 
 BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8)
 SHAPES = ((7,), (1, 1), (3, 10), (4, 33), (2, 3, 5), (3, 4, 3, 3), (2, 2, 3, 2, 2))
+SCALES = ("minmax", "absmean", "windowed")
 seeds = st.integers(0, 2**32 - 1)
 lams = st.sampled_from((0.0, 0.01, 0.3))
 
 
 @st.composite
-def specs(draw, methods=("ddt", "ste", "lsq"), schemes=("affine", "linear")):
+def specs(draw, methods=("ddt", "ste", "lsq", "seq"), schemes=("affine", "linear"), scales=SCALES):
     """A QuantSpec of any width; granularity is left to `groupings`."""
     method = draw(st.sampled_from(methods))
-    bits = draw(st.sampled_from(BITS if "linear" in schemes else BITS[:1] + BITS[2:]))
+    wanted = BITS if "linear" in schemes else BITS[:1] + BITS[2:]
+    if method == "seq":
+        wanted = wanted[: -6 if "affine" in schemes else -7]
+    bits = draw(st.sampled_from(wanted))
     scheme = "linear" if bits == 1.58 else draw(st.sampled_from(schemes))
-    scale = draw(st.sampled_from(("minmax", "absmean"))) if (method, scheme) == ("ste", "linear") else "minmax"
+    if (method, bits) == ("seq", 2):
+        scheme = "affine"
+    scale = draw(st.sampled_from(scales)) if method in ("ddt", "ste") else "minmax"
     return QuantSpec(bits, scheme, method=method, scale=scale, lam=draw(lams))
 
 

@@ -36,7 +36,7 @@ def check(found, y, x, spec, groups):
 def test_dequantize_is_fake_quantize(case, dtype):
     shape, groups, seed, spec = case
     x = values(seed, shape, dtype)
-    step = initial_step(x, spec, groups) if spec.method == "lsq" else None
+    step = initial_step(x, spec, groups) if spec.learns else None
     y = fake_quantize(x, spec, groups, step=step)
     check(quantize(x, spec, groups, step=step), y, x, spec, groups)
 
@@ -49,7 +49,7 @@ def test_dequantize_is_fake_quantize(case, dtype):
 def test_sparse(case, spec, sparsity):
     shape, groups, seed = case
     x = values(seed, shape, torch.float32)
-    step = initial_step(x, spec, groups) if spec.method == "lsq" else None
+    step = initial_step(x, spec, groups) if spec.learns else None
     pruned = sparsify(x, sparsity, groups)
     y = fake_quantize(pruned, spec, groups, dense=x, step=step)
     found = quantize(pruned, spec, groups, dense=x, step=step)

@@ -21,7 +21,8 @@ def cases(draw, **kinds):
 
 
 def step_of(x, spec, groups):
-    return initial_step(x, spec, groups).requires_grad_() if spec.method == "lsq" else None
+    # Not the start itself, at which the largest value lies on the edge of the levels, inside or out by a rounding.
+    return initial_step(x, spec, groups).mul(0.93).requires_grad_() if spec.learns else None
 
 
 def close(found, expected, x):
@@ -109,7 +110,7 @@ def test_double_backward(case):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7 * size)
 
 
-@given(cases(methods=("ste", "lsq")))
+@given(cases(methods=("ste", "lsq", "seq")))
 def test_double_backward_of_the_baselines(case):
     spec, groups, x = case
     step = step_of(x, spec, groups)

@@ -35,7 +35,7 @@ def test_compile_in_one_graph(spec):
     x, step, h = sample()
     compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager", dynamic=True)
     inputs = [[x.clone().requires_grad_(), step] for _ in range(2)]
-    inputs = [pair if spec.method == "lsq" else pair[:1] for pair in inputs]
+    inputs = [pair if spec.learns else pair[:1] for pair in inputs]
     y, y_compiled = (f(pair[0], spec, step) for f, pair in zip((quantized, compiled), inputs, strict=True))
     torch.testing.assert_close(y_compiled, y)
     grads, compiled_grads = (
