@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("target", help=f"an .onnx file, or {FACTORY}")
     inspect.add_argument("--config", help="prepare the model with this config first")
     inspect.add_argument("--graphs", action="store_true", help="print the captured graphs too")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows it in a browser")
     _takes_inputs(inspect)
 
     diff = _command(commands, "diff", _diff, "which weights two models or files treat differently; 1 if any")
@@ -172,10 +173,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
             model = prepare(model, options.config, example)
         found = inspect(model)
+    page = found.to_html(options.html) if options.html else None
     if options.json:
-        _print_json(found.to_dict())
+        _print_json({**found.to_dict(), **({"html": str(page)} if page else {})})
         return 0
     print(found)
+    if page:
+        print(f"\n{page}: open it in a browser")
     if options.graphs:
         for path, code in found.graphs.items():
             print(f"\n# {path or 'the model itself'}\n{code}")

@@ -41,4 +41,6 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert set(source_files()) <= names
     assert {"qgraph/py.typed", "qgraph/ops/kernels.cpp"} <= names
+    page = ROOT / "qgraph" / "inspection" / "html"
+    assert {path.relative_to(ROOT).as_posix() for path in page.rglob("*") if path.is_file()} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from qgraph.graph import Coverage
 from qgraph.inspection.floats import float_parameters, is_bias, is_norm
 from qgraph.inspection.layers import FloatTensor, Layer
 from qgraph.inspection.prepared import standard_op
+
+if TYPE_CHECKING:
+    import networkx
 
 REASON = "not prepared"
 
@@ -57,3 +62,21 @@ def _layer(path: str, name: str, module: nn.Module, parameter: nn.Parameter, sto
 def eager_coverage(model: nn.Module, layers: list[Layer]) -> Coverage:
     """Nothing is captured of an unprepared model."""
     return Coverage(sum(1 for _ in model.modules()), 0, 0, (), len(layers), 0, 0)
+
+
+def eager_network(model: nn.Module) -> networkx.DiGraph:
+    """The modules of a model without graphs as nodes: those without children, and those with weights of their own."""
+    import networkx
+
+    network = networkx.DiGraph()
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        if "qgraph" in parts:
+            continue
+        children = [name for name, _ in module.named_children() if name != "qgraph"]
+        scope = path if children else path.rpartition(".")[0]
+        if children and not any(p is not None for p in module._parameters.values()):
+            continue
+        data = {"path": path, "scope": scope, "target": path, "where": "", "kind": type(module).__name__}
+        network.add_node(f"{path}:", op="module", **data)
+    return network

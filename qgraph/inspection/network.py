@@ -148,7 +148,7 @@ class _Builder:
         return name
 
     def _add(self, call: _Call, node: fx.Node, target: str, inputs: _Value, **extra: Any) -> _Id:
-        attributes = {"path": call.path, "scope": call.scope, "op": node.op, "target": target}
+        attributes: dict[str, Any] = {"path": call.path, "scope": call.scope, "op": node.op, "target": target}
         attributes["where"] = node.meta.get("where", "")
         if "shape" in node.meta:
             attributes["shape"] = tuple(node.meta["shape"])

@@ -13,7 +13,6 @@ from qgraph.graph import Coverage
 from qgraph.inspection.layers import FloatTensor, Layer, notation
 
 if TYPE_CHECKING:
-    import networkx
     import onnx
 
 _MARK = "qgraph.layers"  # a metadata key that every file of ours has
@@ -166,32 +165,3 @@ def _dtype(data_type: int) -> tuple[str, int]:
     packed = {"int4": 4, "uint4": 4, "float4e2m1": 4, "int2": 2, "uint2": 2}
     bits = packed.get(name) or (8 * onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize if name != "string" else 0)
     return {"float": "float32", "double": "float64"}.get(name, name), bits
-
-
-def onnx_network(path: Path) -> networkx.DiGraph:
-    """The main graph of a file as a DiGraph: nodes, inputs, outputs and initializers."""
-    import networkx
-
-    model = load(path)
-    network = networkx.DiGraph()
-    made: dict[str, str] = {}
-    for tensor in model.graph.initializer:
-        made[tensor.name] = tensor.name
-        network.add_node(tensor.name, path="", op="initializer", target=tensor.name, where="", shape=tuple(tensor.dims))
-    for value in model.graph.input:
-        if value.name not in made:
-            made[value.name] = value.name
-            network.add_node(value.name, path="", op="placeholder", target=value.name, where="")
-    for i, node in enumerate(model.graph.node):
-        name = node.name or f"{node.op_type}_{i}"
-        name = f"{name}#{i}" if name in network else name
-        target = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        network.add_node(name, path=name.rpartition("/")[0], op="call", target=target, where="")
-        network.add_edges_from((made[each], name) for each in node.input if each in made)
-        made.update(dict.fromkeys(node.output, name))
-    for value in model.graph.output:
-        name = f"output:{value.name}"
-        network.add_node(name, path="", op="output", target=value.name, where="")
-        if value.name in made:
-            network.add_edge(made[value.name], name)
-    return network

@@ -22,13 +22,8 @@ NOT_CAPTURED = "not captured yet"
 
 def prepared_layers(model: nn.Module) -> tuple[list[Layer], set[str]]:
     """The rows of a prepared model; the names of the parameters, or of modules making them, they cover."""
-    records = sites(model)
-    met = {record.name for record in records}
-    records += [record for record in _waiting(model) if record.name not in met or record.reason is not None]
-    parameters = _parameters(model)
+    records, parameters, passed = _records(model)
     owners = {state.path: module for _, module, state in states(model)}
-    passed = _passed(model)
-    parameters |= {name: parameters[source] for name, source in passed.items() if source in parameters}
     first: dict[Any, Layer] = {}
     layers: list[Layer] = []
     covered: set[str] = set()
@@ -37,6 +32,27 @@ def prepared_layers(model: nn.Module) -> tuple[list[Layer], set[str]]:
         layer = _layer(owners[record.path], record, parameters, first)
         layers.append(layer)
     return layers, covered
+
+
+def site_values(model: nn.Module) -> Iterator[tuple[SiteRecord, Tensor]]:
+    """The float weight of each site of a prepared model, where there is one now."""
+    records, parameters, _ = _records(model)
+    owners = {state.path: module for _, module, state in states(model)}
+    for record in records:
+        value = _value(owners[record.path], record, parameters)
+        if value is not None and value.numel():
+            yield record, value
+
+
+def _records(model: nn.Module) -> tuple[list[SiteRecord], dict[str, nn.Parameter], dict[str, str]]:
+    """The sites met so far or ready, parameters by name, and arguments that are parameters of a parent."""
+    records = sites(model)
+    met = {record.name for record in records}
+    records += [record for record in _waiting(model) if record.name not in met or record.reason is not None]
+    parameters = _parameters(model)
+    passed = _passed(model)
+    parameters |= {name: parameters[source] for name, source in passed.items() if source in parameters}
+    return records, parameters, passed
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -259,4 +275,4 @@ def _visit(module: nn.Module, rank: dict[tuple[str, str], int], seen: set[int]) 
             _visit(module.get_submodule(str(node.target)), rank, seen)
 
 
-__all__ = ["FLOAT_BITS", "NOT_CAPTURED", "in_order_of_use", "prepared_layers", "standard_op"]
+__all__ = ["FLOAT_BITS", "NOT_CAPTURED", "in_order_of_use", "prepared_layers", "site_values", "standard_op"]

@@ -115,18 +115,45 @@ class Inspection:
     def to_networkx(self) -> networkx.DiGraph:
         """The whole model as one graph: operations and parameters as nodes, data flow as edges.
 
+        The attributes of nodes are a table in ``docs/inspect.md``.
+
         Raises
         ------
         InspectError
             For a model of which nothing is captured.
         """
-        from qgraph.inspection.network import model_network
-        from qgraph.inspection.onnx_file import onnx_network
+        from qgraph.inspection.annotate import annotate
 
         if isinstance(self.source, nn.Module):
-            return model_network(self.source)
-        assert self.source is not None
-        return onnx_network(self.source)
+            from qgraph.inspection.network import model_network
+
+            network = model_network(self.source)
+        else:
+            from qgraph.inspection.onnx_network import onnx_network
+
+            assert self.source is not None
+            network = onnx_network(self.source, self.layers)
+        annotate(network, self.layers, self.floats)
+        return network
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write one HTML file that shows the model in a browser, without a network; returns its path.
+
+        It has the module hierarchy, the data flow, each weight before and after quantization, and where the bytes
+        are. The file is written beside and renamed.
+
+        Parameters
+        ----------
+        path : str or Path
+
+        Raises
+        ------
+        InspectError
+            When the folder does not exist.
+        """
+        from qgraph.inspection.page import write_page
+
+        return write_page(self, Path(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
