@@ -1,0 +1,135 @@
+"""Rows as markdown tables, and loss curves as plots."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.methods import FULL_PRECISION, SETTINGS
+from benchmarks.accuracy.plan import best_rate, of
+
+Rows = list[dict[str, Any]]
+COLUMNS = (
+    "method",
+    "loss",
+    "score",
+    "seeds",
+    "lr",
+    "losses over the sweep",
+    "diverged",
+    "rise, %",
+    "flips, %",
+    "onnxruntime",
+)
+
+
+def markdown(rows: Rows) -> str:
+    """One table a study and setting."""
+    parts = []
+    for study in dict.fromkeys(r["study"] for r in rows):
+        for setting in (FULL_PRECISION, *SETTINGS):
+            methods = list(dict.fromkeys(r["method"] for r in rows if (r["study"], r["setting"]) == (study, setting)))
+            if methods:
+                parts.append(f"### {study}, {setting}\n\n{_table(study, setting, methods, rows)}")
+    return "\n\n".join(parts)
+
+
+def _table(study: str, setting: str, methods: list[str], rows: Rows) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+    entries = [(m, _entry(study, setting, m, rows)) for m in methods]
+    for method, (loss, cells) in sorted(entries, key=lambda e: e[1][0]):
+        del loss
+        lines.append(f"| {' | '.join((method, *cells))} |")
+    return "\n".join(lines)
+
+
+def _entry(study: str, setting: str, method: str, rows: Rows) -> tuple[float, tuple[str, ...]]:
+    """The mean loss at the best rate, by which methods are ordered, and the cells of a row."""
+    own = of(study, setting, method, rows)
+    best = best_rate(study, setting, method, rows)
+    sweep = sorted((r for r in own if r["seed"] == 0), key=lambda r: r["rate"])
+    losses = ", ".join(f"{r['rate']:g}: {_number(r['loss'])}{'*' if r['diverged'] else ''}" for r in sweep)
+    lost = f"{sum(bool(r['diverged']) for r in own)} of {len(own)}"
+    at_best = [r for r in own if r["rate"] == best]
+    if not at_best:
+        return float("inf"), ("", "", "", "", losses, lost, _rise(own), "", "")
+    means = {key: statistics.mean(r[key] for r in at_best) for key in ("loss", "score")}
+    files = [r for r in at_best if "score_ort" in r]
+    equal = [r for r in files if r["score_ort"] == r["score"] == r["score_standard"]]
+    return means["loss"], (
+        _spread([r["loss"] for r in at_best]),
+        _spread([r["score"] for r in at_best]),
+        str(len(at_best)),
+        f"{best:g}",
+        losses,
+        lost,
+        _rise(at_best),
+        _flips(at_best),
+        _files(files, len(equal)),
+    )
+
+
+def _files(files: Rows, equal: int) -> str:
+    if not files:
+        return ""
+    far = max(max(abs(r[f"score_{t}"] - r["score"]) for t in ("ort", "standard")) for r in files)
+    return "equal" if equal == len(files) else f"within {far:.0e}"
+
+
+def _rise(rows: Rows) -> str:
+    """How far a held-out loss climbed above its best before, at most, in percent: oscillation that ended well too."""
+    rises = [0.0]
+    for curve in (r["curve"] for r in rows):
+        values = [v for v in curve if not isinstance(v, str)]
+        rises += [value / min(values[: i + 1]) - 1 for i, value in enumerate(values)]
+    return f"{100 * max(rises):.0f}"
+
+
+def _flips(rows: Rows) -> str:
+    """Codes that a step changes, early, in the middle and late, in percent."""
+    flips = [r["flips"] for r in rows if r["flips"]]
+    if not flips:
+        return ""
+    places = [[f[i] for f in flips] for i in (0, len(flips[0]) // 2, -1)]
+    return " ".join(f"{100 * statistics.mean(p):.2g}" for p in places)
+
+
+def _spread(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ± {(max(values) - min(values)) / 2:.3f}"
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3f}"
+
+
+def plots(rows: Rows, folder: Path) -> None:
+    """One SVG a study and setting: held-out loss over steps, each method at its best rate."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plots needs matplotlib: pip install matplotlib.") from None
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "qgraph"  # the same file for the same rows
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for study in dict.fromkeys(r["study"] for r in rows):
+        for setting in SETTINGS:
+            methods = dict.fromkeys(r["method"] for r in rows if (r["study"], r["setting"]) == (study, setting))
+            if not methods:
+                continue
+            figure, axes = pyplot.subplots(figsize=(6, 4))
+            for where, method in ((FULL_PRECISION, FULL_PRECISION), *((setting, m) for m in methods)):
+                best = best_rate(study, where, method, rows)
+                chosen = [r for r in of(study, where, method, rows) if r["rate"] == best and r["seed"] == 0]
+                for row in chosen:
+                    count = len(row["curve"])
+                    steps = [row["steps"] * (i + 1) / count for i in range(count)]
+                    axes.plot(steps, row["curve"], label=f"{method}, lr {best:g}", linewidth=1.2)
+            axes.set(xlabel="step", ylabel="held-out loss", title=f"{study}, {setting}")
+            axes.legend(fontsize=7)
+            figure.tight_layout()
+            figure.savefig(folder / f"{study}-{setting.replace(':', '')}.svg", metadata={"Date": None})
+            pyplot.close(figure)

@@ -1,0 +1,84 @@
+"""The accuracy studies at sizes of seconds: rows, resuming, exported scores, the plan of a sweep, tables."""
+
+import json
+
+import pytest
+
+from benchmarks.accuracy import plan, tables
+from benchmarks.accuracy.__main__ import load, main
+from benchmarks.accuracy.methods import METHODS, SETTINGS, config
+from benchmarks.accuracy.studies import STUDIES
+from benchmarks.accuracy.training import diverged
+
+
+def test_a_smoke_run_and_its_resumption(tmp_path, capsys):
+    """Two tiny studies train; a second call finds everything done; scores in onnxruntime are torch's."""
+    main(["--study", "smoke-text", "--out", str(tmp_path), "--method", "float", "ddt-windowed", "--seeds", "2"])
+    main(["--study", "smoke-images", "--out", str(tmp_path), "--method", "seq"])
+    rows = load(tmp_path, ["smoke-text", "smoke-images"])
+    assert [(r["setting"], r["method"], r["seed"]) for r in rows] == [
+        ("float", "float", 0),
+        ("float", "float", 1),
+        ("A1W1", "ddt-windowed", 0),
+        ("A1W1", "ddt-windowed", 1),
+        ("A2W2", "seq", 0),
+    ]
+    exported = rows[3]
+    assert exported["score_ort"] == pytest.approx(exported["score"], abs=1e-2)
+    assert exported["score_standard"] == pytest.approx(exported["score"], abs=1e-2)
+    assert all(len(r["curve"]) == r["steps"] for r in rows)  # four steps, a point each
+    assert all(0 <= flip <= 1 for r in rows for flip in r["flips"]) and rows[2]["flips"]
+    capsys.readouterr()
+    main(["--study", "smoke-text", "--out", str(tmp_path), "--method", "float", "ddt-windowed", "--seeds", "2"])
+    assert load(tmp_path, ["smoke-text"]) == rows[:4]
+    printed = capsys.readouterr().out
+    assert "smoke-text, A1W1" in printed and "ddt-windowed" in printed
+
+
+@pytest.mark.parametrize(
+    ("start", "curve", "reason"),
+    [
+        (4.0, [3.0, 2.5, 2.4], None),
+        (4.0, [3.0, 2.0, 2.2], "worse than its best"),
+        (4.0, [3.0, 5.0], "above the start"),
+        (4.0, [3.0, float("nan")], "not finite"),
+        (4.0, [], "not finite"),
+    ],
+)
+def test_divergence(start, curve, reason):
+    assert diverged(start, curve) == reason
+
+
+def row(rate, loss, seed=0):
+    return {"study": "shakespeare", "setting": "A1W1", "method": "ddt", "rate": rate, "seed": seed, "loss": loss}
+
+
+def test_a_best_rate_at_an_edge_is_followed_and_the_best_repeated():
+    study = STUDIES["shakespeare"]
+    rows = [row(rate, loss) for rate, loss in zip(study.rates, (2.5, 2.6, "nan"), strict=True)]
+    (further,) = plan.pending("shakespeare", study, "A1W1", ["ddt"], 1, rows)
+    assert further.rate == pytest.approx(study.rates[0] * study.rates[0] / study.rates[1], rel=0.01)
+    rows.append(row(further.rate, 2.7))
+    (repeat,) = plan.pending("shakespeare", study, "A1W1", ["ddt"], 2, rows)
+    assert (repeat.rate, repeat.seed, repeat.export) == (study.rates[0], 1, True)
+    assert plan.pending("shakespeare", study, "A1W1", ["ddt"], 2, [*rows, row(repeat.rate, 2.5, 1)]) == []
+
+
+def test_every_method_is_a_config_of_its_setting():
+    for setting, what in SETTINGS.items():
+        for method in what.methods:
+            found = config(setting, method, ("head",))
+            assert found.weight.bits == what.weight and found.weight.method == METHODS[method].method
+            assert (found.sparsity is None) == (what.sparsity is None)
+            json.dumps(found.to_dict())
+
+
+def test_tables_order_by_loss_and_mark_divergence():
+    base = {"score": 0.5, "steps": 4, "flips": [0.1, 0.01], "curve": [2.0, 3.0]}
+    rows = [
+        {**row(1e-2, 2.5), **base, "diverged": None},
+        {**row(1e-2, 2.4), **base, "method": "ddt-windowed", "diverged": "worse than its best"},
+    ]
+    lines = tables.markdown(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ddt")] == ["| ddt-windowed", "| ddt"]
+    assert "2.400*" in lines[4] and "1 of 1 | 50 |" in lines[4] and "10 1" in lines[5]
