@@ -73,7 +73,7 @@
   // -- keys
 
   const keys = {
-    "/": () => $("search").focus(),
+    "/": () => $("search").select(),
     g: () => show("graph"), t: () => show("treemap"), d: theme, "?": help, f: () => Graph.fit(), 0: () => Graph.view(),
     "+": () => Graph.zoomBy(1.25), "=": () => Graph.zoomBy(1.25), "-": () => Graph.zoomBy(0.8),
     e: () => Graph.setAll(true), c: () => Graph.setAll(false), Enter: toggle, " ": toggle,
@@ -119,8 +119,9 @@
   const shownItems = () => Graph.core().nodes().map((node) => model.byKey.get(node.id())).sort((a, b) => a.y - b.y);
 
   function pressed(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select")) return;
-    if ((event.key === "Enter" || event.key === " ") && event.target.closest("button, summary, a")) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("[type=search]")) return;
+    if ((event.key === "Enter" || event.key === " ") && event.target.closest("button, summary, input")) return;
+    if (event.key.startsWith("Arrow") && event.target.closest("[type=radio]")) return;
     const action = keys[event.key];
     if (!action) return;
     event.preventDefault();
