@@ -6,12 +6,11 @@ import base64
 import hashlib
 import html
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgraph.errors import InspectError
+from qgraph.inspection.beside import written
 from qgraph.version import __version__
 
 if TYPE_CHECKING:
@@ -34,24 +33,11 @@ SCRIPTS = (
 
 
 def write_page(inspection: Inspection, path: Path) -> Path:
-    """Write the page beside `path` and rename it, so that it is there whole or not at all."""
+    """Write the page; it is there whole or not at all."""
     from qgraph.inspection.view import view
 
-    path = path.absolute()
-    if not path.parent.is_dir():
-        raise InspectError(f"{path}: its folder does not exist. Expected a path in a folder; make {path.parent} first.")
-    if path.is_dir():
-        raise InspectError(
-            f"{path}: found a folder. Expected the path of a file to write; add a name such as model.html."
-        )
     text = page(view(inspection))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    return written(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def page(data: dict[str, Any]) -> str:

@@ -136,6 +136,24 @@ class Inspection:
         annotate(network, self.layers, self.floats)
         return network
 
+    def to_graphml(self, path: str | os.PathLike[str]) -> Path:
+        """Write `to_networkx` as GraphML, for Gephi, yEd or igraph; returns the path."""
+        from qgraph.inspection.graph_files import write_graphml
+
+        return write_graphml(self.to_networkx(), Path(path))
+
+    def to_dot(self, path: str | os.PathLike[str]) -> Path:
+        """Write `to_networkx` as DOT, for Graphviz, coloured by bits; needs pydot. Returns the path."""
+        from qgraph.inspection.graph_files import write_dot
+
+        return write_dot(self.to_networkx(), Path(path))
+
+    def to_node_link(self, path: str | os.PathLike[str]) -> Path:
+        """Write `to_networkx` as JSON for `networkx.node_link_graph(data, edges="links")`; returns the path."""
+        from qgraph.inspection.graph_files import write_node_link
+
+        return write_node_link(self.to_networkx(), Path(path))
+
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write one HTML file that shows the model in a browser, without a network; returns its path.
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_the_file_is_there_whole_or_not_at_all(model, tmp_path, monkeypatch):
     path = tmp_path / "model.html"
     path.write_text("before")
     found = qgraph.inspect(model)
-    monkeypatch.setattr(module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         found.to_html(path)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
