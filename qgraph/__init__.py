@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qgraph.caching import cached_bytes, clear_cache, set_cache_limit
 from qgraph.calibrate import calibrate
 from qgraph.checkpoint import load, save
 from qgraph.config import QConfig, QuantSpec, Rule, SparsitySpec
@@ -51,7 +52,9 @@ __all__ = [
     "SensitivityReport",
     "SparsitySpec",
     "__version__",
+    "cached_bytes",
     "calibrate",
+    "clear_cache",
     "compare",
     "disabled",
     "export",
@@ -60,6 +63,7 @@ __all__ = [
     "prepare",
     "save",
     "sensitivity",
+    "set_cache_limit",
     "set_enabled",
     "unpack",
     "verify",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qgraph.config import QuantSpec, SparsitySpec
 from qgraph.errors import CaptureError
 from qgraph.ops import Groups, Quantized, fake_quantize, initial_step, quantize, sparsify
+from qgraph.ops.memo import Memo
 from qgraph.ops.static import FixedScale
 from qgraph.ranges import RunningRange
 
@@ -174,6 +175,10 @@ class WeightQuantizer(Quantizer):
     Shape: any floating tensor in, the same shape and dtype out. Source: arXiv 2409.09245, section 3.
     """
 
+    def __init__(self, spec: QuantSpec, groups: Groups, site: str) -> None:
+        super().__init__(spec, groups, site)
+        self.memo = Memo()
+
     def forward(self, weight: Tensor, dense: Tensor | None = None) -> Tensor:
         if not self.enabled:
             return weight
@@ -188,6 +193,10 @@ class WeightQuantizer(Quantizer):
                 dense=None if dense is None else dense.detach(),
                 step=self.step,
             )
+        if self.step is None and not torch.compiler.is_compiling():
+            known = self.memo.quantized(weight, dense, self.spec, self.groups)
+            if known is not None:
+                return known
         return fake_quantize(weight, self.spec, self.groups, dense=dense, step=self.step)
 
 
@@ -244,6 +253,7 @@ class Sparsifier(nn.Module):
         self.site = site
         self.alone = alone
         self.enabled = True
+        self.memo = Memo()
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:
@@ -253,7 +263,10 @@ class Sparsifier(nn.Module):
                 return weight
             _run.emitted.add(self.site)
             return torch.ops.qgraph.weight(weight, self.site)
-        pruned = sparsify(weight, self.sparsity, self.groups)
+        known = None
+        if not torch.compiler.is_compiling():
+            known = self.memo.pruned(weight, self.sparsity, self.groups)
+        pruned = sparsify(weight, self.sparsity, self.groups) if known is None else known
         if _run.collected is not None:
             _run.collected.sparsity[self.site] = self.sparsity
             if self.alone:

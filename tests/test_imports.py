@@ -25,7 +25,7 @@ LAYERS = (
     {"dump"},
     {"pipeline"},
     {"passes"},
-    {"prepare", "calibrate"},
+    {"prepare", "calibrate", "caching"},
     {"exporters"},
     {"inspection", "checkpoint", "runtime", "workers"},
     {"analysis"},

@@ -80,10 +80,10 @@ def fake_quantize(
     pieces = groups.pieces(x)
     if spec.method == "ddt":
         if dense is None:
-            results = [DDT.apply(piece, None, spec)[0] for piece in pieces]
+            results = [DDT.apply(piece, None, spec, None)[0] for piece in pieces]
         else:
             pairs = zip(groups.pieces(dense), pieces, strict=True)
-            results = [DDT.apply(full, pruned, spec)[0] for full, pruned in pairs]
+            results = [DDT.apply(full, pruned, spec, None)[0] for full, pruned in pairs]
     elif spec.method == "seq":
         steps = groups.cut_scales(required_step(step, spec), x.shape)
         results = [

@@ -31,7 +31,7 @@ from qgraph.ops.codes import nonzero_scale, outside, round_affine, round_linear,
 
 
 class DDT(torch.autograd.Function):
-    """`y, stats = DDT.apply(dense, sparse, spec)`: denoised values and the statistics that define them.
+    """`y, stats = DDT.apply(dense, sparse, spec, known)`: denoised values and the statistics that define them.
 
     Parameters
     ----------
@@ -41,6 +41,8 @@ class DDT(torch.autograd.Function):
         `dense` with pruned values set to 0, taken as `dense + constant`: its part of the gradient is in that
         of `dense`.
     spec : QuantSpec
+    known : tuple of both results, optional
+        Where they were computed before: given out again, as tensors and with a node of their own.
 
     Notes
     -----
@@ -57,9 +59,13 @@ class DDT(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    def forward(
+        dense: Tensor, sparse: Tensor | None, spec: QuantSpec, known: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        if known is not None:
+            return known[0].detach(), known[1].detach()
         if native.quantizes(spec, dense, sparse):
-            return native.forward(dense.detach(), None if sparse is None else sparse.detach(), spec)
+            return native.forward(dense, sparse, spec)
         if ddt_cpu.applies(dense, sparse):
             return ddt_cpu.forward(dense, sparse, spec)
         qc, stats = centred_codes(dense, sparse, spec)
@@ -70,25 +76,25 @@ class DDT(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        dense, sparse, ctx.spec = inputs
+        dense, sparse, ctx.spec, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dense, sparse, output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if grads[0] is None:
-            return None, None, None
+            return None, None, None, None
         dense, sparse, stats = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = differentiable_gradient(grads[0], dense, sparse, ctx.spec)
-        elif native.quantizes(ctx.spec, dense, sparse, grads[0].contiguous()):
+        elif native.quantizes(ctx.spec, dense, sparse, grads[0]):
             grad = native.gradient(grads[0], dense, sparse, stats, ctx.spec)
         elif ddt_cpu.applies(dense, sparse) and type(grads[0]) is Tensor:
             grad = ddt_cpu.gradient(grads[0], dense, sparse, stats, ctx.spec)
         else:
             grad = gradient(grads[0], dense, sparse, stats, ctx.spec)
-        return grad, None, None
+        return grad, None, None, None
 
 
 def centred_codes(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -99,7 +105,7 @@ def centred_codes(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tupl
     wide = dense.to(work_dtype(dense.dtype))
     pruned = None if sparse is None else sparse.to(wide.dtype)
     if native.quantizes(spec, dense, sparse):  # the very step of the forward pass, so that codes are the same
-        _, stats = native.forward(dense.detach(), None if sparse is None else sparse.detach(), spec)
+        _, stats = native.forward(dense, sparse, spec)
         step, offset, mean_q = stats[..., :1], stats[..., 1:2] if spec.scheme == "affine" else None, stats[..., 2:3]
         return _codes_and_noise(wide, pruned, step, offset, spec)[0].sub_(mean_q), stats
     step, offset = _step_and_offset(wide if pruned is None else pruned, spec, pruned is not None)
@@ -135,7 +141,7 @@ def gradient(h: Tensor, dense: Tensor, sparse: Tensor | None, stats: Tensor, spe
     grad = q.mul_(2 * push * rest).addcmul_(noise, push).addcmul_(h, slope)
     if affine:
         grad = grad.add_(rest * level - push * noise.mean(dim=-1, keepdim=True))
-    if constant is not None:
+    if far is not None and constant is not None:
         grad = torch.where(far, constant, grad)
     return grad.to(dense.dtype)
 

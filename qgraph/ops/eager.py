@@ -10,6 +10,11 @@ from torch import Tensor
 
 def on_cpu(*tensors: Tensor) -> bool:
     """Whether all `tensors` are plain, contiguous tensors of a CPU and nothing compiles or traces."""
+    return plain_on_cpu(*tensors) and all(x.is_contiguous() for x in tensors)
+
+
+def plain_on_cpu(*tensors: Tensor) -> bool:
+    """The same for tensors of any strides."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and all(
-        type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.is_contiguous() for x in tensors
+        type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors
     )

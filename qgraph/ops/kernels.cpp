@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr long LANES = 16, CHUNK = 4096;
+constexpr long LANES = 16, CHUNK = 4096, FINGERPRINT = 65536;
 constexpr float TINY = 1.17549435e-38f;  // the smallest normal float
 constexpr float SHIFT = 12582912.0f;     // 1.5 * 2^23: adding and subtracting it rounds half to even, up to 2^22
 constexpr uint32_t INFINITE = 0x7f800000u;
@@ -167,8 +167,9 @@ template <typename T> INLINE void scale(const T* x, long n, bool sparse, const P
             double extra = (LANES - n % LANES) * (double)fabsf(((low + mean) - low) - mean);
             spread = (float)((double)spread - extra / n);
         }
-        s.step = nonzero(spread * plan.factor);
-        s.offset = (low + mean) - s.step * plan.middle;
+        float size = spread * plan.factor;  // 0 for a constant group: its codes are 0 and its offset is its value
+        s.step = nonzero(size);
+        s.offset = (low + mean) - size * plan.middle;
         return;
     }
     if (!plan.mean) { extremes(x, n, true, low, high); s.step = high / plan.factor; return; }
@@ -389,6 +390,33 @@ template <typename T> int prune_largest(const T* w, T* y, long n, long kept) {
     return 0;
 }
 
+// -- fingerprints ------------------------------------------------------------------------------------------------------
+
+// Sixteen lanes, each a chain of steps that are one to one: a change of one value always changes the result.
+template <typename T> uint64_t fingerprint(const T* x, long n) {
+    uint32_t lanes[LANES];
+    for (long j = 0; j < LANES; j++) lanes[j] = 2166136261u + (uint32_t)j;
+    U state[PARTS]; memcpy(state, lanes, sizeof state);
+    auto mix = [&](const float* words) LAMBDA {
+        EACH {
+            U bits; memcpy(&bits, words + k * EACH_PART, sizeof bits);
+            bits ^= state[k];
+            state[k] = ((bits << 13) | (bits >> 19)) * 2246822519u;
+        }
+    };
+    float words[LANES] = {};
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) { store(words, load(x + i)); mix(words); }
+    if (i < n) { load_part(x + i, n - i, 0, words); mix(words); }
+    memcpy(lanes, state, sizeof state);
+    uint64_t result = (uint64_t)n;
+    for (long j = 0; j < LANES; j++) {
+        result = (result ^ lanes[j]) * 11400714819323198485ull;
+        result ^= result >> 29;
+    }
+    return result;
+}
+
 // -- threads -----------------------------------------------------------------------------------------------------------
 
 struct Job {
@@ -434,6 +462,13 @@ template <typename T> void prune_job(const Job& job) {
         prune_row((const T*)job.x + g * job.n, (T*)job.out + g * job.n, job.n, job.kept, job.run);
 }
 
+template <typename T> void fingerprint_job(const Job& job) {
+    for (long g = job.first; g < job.last; g++) {
+        long at = g * FINGERPRINT, end = at + FINGERPRINT < job.n ? at + FINGERPRINT : job.n;
+        ((uint64_t*)job.out)[g] = fingerprint((const T*)job.x + at, end - at);
+    }
+}
+
 template <typename T, bool affine, bool binary> void choose(Job& job, bool backward) {
     job.work = backward ? backward_job<T, affine, binary> : forward_job<T, affine, binary>;
 }
@@ -460,6 +495,13 @@ void qgraph_prune_runs(const void* w, void* out, long rows, long length, int n, 
     Job job = {nullptr, nullptr, w, nullptr, out, nullptr, length, 0, rows, n, m, nullptr};
     job.work = narrow ? prune_job<Bf16> : prune_job<float>;
     share(job, rows, threads);
+}
+
+// Writes a number for every 65536 of the `n` values that stands for their bits and order.
+void qgraph_fingerprint(const void* x, void* out, long n, int narrow, long threads) {
+    Job job = {nullptr, nullptr, x, nullptr, out, nullptr, n, 0, 0, 0, 0, nullptr};
+    job.work = narrow ? fingerprint_job<Bf16> : fingerprint_job<float>;
+    share(job, (n + FINGERPRINT - 1) / FINGERPRINT, threads);
 }
 
 // Prunes all but the `kept` largest of `n` values; not 0 where there is no memory for the counts.

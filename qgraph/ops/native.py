@@ -25,19 +25,22 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.ops import eager
-from qgraph.ops.codes import is_binary, scale_is_mean
+from qgraph.ops.codes import absmean_factor, clips, is_binary, middle, scale_is_mean, window
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 TYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction and nothing of -ffast-math: results are the same on every processor.
-FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions")
-FLAGS += ("-fno-rtti", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+FLAGS = (
+    *("-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"),
+    *("-fno-rtti", "-fPIC", "-shared", "-pthread", "-Wno-psabi"),
+)
 PROCESSOR_FLAGS = {
     "AVX2": ("-mavx2", "-mf16c"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
 COMPILE_SECONDS = 300
+FINGERPRINT_VALUES = 1 << 16  # as in kernels.cpp
 VALUES_A_THREAD = 1 << 16  # below that a thread costs more to start than it saves
 
 _lock = threading.Lock()
@@ -68,7 +71,7 @@ def applies(*tensors: Tensor | None) -> bool:
     return (
         given[0].dtype in TYPES
         and all(t.dtype == given[0].dtype for t in given)
-        and eager.on_cpu(*given)
+        and eager.plain_on_cpu(*given)
         # What a mode watches, or torch.func wraps, goes through torch's own operations.
         and not torch._C._len_torch_dispatch_stack()
         and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
@@ -78,7 +81,7 @@ def applies(*tensors: Tensor | None) -> bool:
 
 def quantizes(spec: QuantSpec, *tensors: Tensor | None) -> bool:
     """Whether `forward` and `gradient` take these tensors with this spec."""
-    return spec.scale == "minmax" and applies(*tensors)
+    return (spec.method == "ddt" or spec.scale == "minmax") and applies(*tensors)
 
 
 def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec, *, regress: bool = True) -> tuple[Tensor, Tensor]:
@@ -86,7 +89,7 @@ def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec, *, regress: b
 
     Parameters
     ----------
-    dense : Tensor, shape (rows, groups, values), float32 or bfloat16, contiguous
+    dense : Tensor, shape (rows, groups, values), float32 or bfloat16; copied where it is not contiguous
     sparse : Tensor of the same shape and type, or None
         `dense` with pruned values set to 0.
     spec : QuantSpec
@@ -98,20 +101,20 @@ def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec, *, regress: b
     tuple of Tensor
         Of the shape and type of `dense`, and (rows, groups, 6), float32.
     """
-    values, stats = torch.empty_like(dense), torch.empty(*dense.shape[:2], 6)
+    values, stats = _empty(dense), torch.empty(*dense.shape[:2], 6)
     _quantize(_plan(spec, regress), None, dense, sparse, values, stats)
-    return values, stats
+    return _laid_out(values, dense), stats
 
 
 def gradient(h: Tensor, dense: Tensor, sparse: Tensor | None, stats: Tensor, spec: QuantSpec) -> Tensor:
     """`ddt.gradient`: dL/d dense from the upstream gradient `h`, of the shape and type of `dense`."""
-    grad = torch.empty_like(dense)
-    _quantize(_plan(spec, True), h.contiguous(), dense, sparse, grad, stats.contiguous())
-    return grad
+    grad = _empty(dense)
+    _quantize(_plan(spec, True), h, dense, sparse, grad, stats)
+    return _laid_out(grad, dense)
 
 
 def prune_runs(rows: Tensor, n: int, m: int) -> Tensor:
-    """`rows`, shape (rows, values), with all but the `n` largest magnitudes of every `m` along a row set to 0."""
+    """`rows`, shape (rows, values), contiguous, all but the `n` largest magnitudes of every `m` along it set to 0."""
     pruned = torch.empty_like(rows)
     count, length = rows.shape
     _library().qgraph_prune_runs(rows.data_ptr(), pruned.data_ptr(), count, length, n, m, _narrow(rows), _threads(rows))
@@ -119,17 +122,32 @@ def prune_runs(rows: Tensor, n: int, m: int) -> Tensor:
 
 
 def prune_largest(values: Tensor, kept: int) -> Tensor:
-    """`values`, any shape, with all but the `kept` largest magnitudes set to 0; of equal ones the first stay."""
+    """`values`, contiguous, with all but the `kept` largest magnitudes set to 0; of equal ones the first stay."""
     pruned = torch.empty_like(values)
     if _library().qgraph_prune_largest(values.data_ptr(), pruned.data_ptr(), values.numel(), kept, _narrow(values)):
         raise MemoryError("pruning: no memory for the counts of a selection")
     return pruned
 
 
+def fingerprint(values: Tensor) -> tuple[int, ...]:
+    """Numbers that stand for the bits of `values`, contiguous, and their order: other bits, other numbers.
+
+    A change of one value always shows, any other one but for one in 2**32 a lane that it touches.
+    """
+    found = torch.empty(-(-values.numel() // FINGERPRINT_VALUES), dtype=torch.int64)
+    _library().qgraph_fingerprint(
+        values.data_ptr(), found.data_ptr(), values.numel(), _narrow(values), _threads(values)
+    )
+    return tuple(found.tolist())
+
+
 def _quantize(plan: Plan, h: Tensor | None, dense: Tensor, sparse: Tensor | None, out: Tensor, stats: Tensor) -> None:
     rows, groups, length = dense.shape
+    # Held by name: what is a copy has to live until the call is over.
+    given = [None if x is None else x.detach().contiguous() for x in (h, dense, sparse, stats)]
+    upstream, full, pruned, kept = (None if x is None else x.data_ptr() for x in given)
     _library().qgraph_ddt(
-        ctypes.addressof(plan), _address(h), dense.data_ptr(), _address(sparse), out.data_ptr(), stats.data_ptr(),
+        ctypes.addressof(plan), upstream, full, pruned, out.data_ptr(), kept,
         rows * groups, length, _narrow(dense), _threads(dense),
     )  # fmt: skip
 
@@ -137,15 +155,21 @@ def _quantize(plan: Plan, h: Tensor | None, dense: Tensor, sparse: Tensor | None
 @functools.lru_cache(maxsize=256)
 def _plan(spec: QuantSpec, regress: bool) -> Plan:
     low, high = spec.levels
-    affine, mean = spec.scheme == "affine", scale_is_mean(spec)
+    mean, reach = spec.scale != "minmax" or scale_is_mean(spec), window(spec)
+    factor = absmean_factor(spec) if spec.scale != "minmax" else 1.0 if mean else high
     return Plan(
-        affine=affine, mean=mean, binary=is_binary(spec), clip=mean, windowed=False, regress=regress,
-        factor=1.0 if mean else high, low=low, high=high, lam=spec.lam, middle=(low + high) / 2, reach=0.0,
+        affine=spec.scheme == "affine", mean=mean, binary=is_binary(spec), clip=clips(spec), windowed=reach is not None,
+        regress=regress, factor=factor, low=low, high=high, lam=spec.lam, middle=middle(spec), reach=reach or 0.0,
     )  # fmt: skip
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype)
+
+
+def _laid_out(result: Tensor, x: Tensor) -> Tensor:
+    """`result` with the strides of `x`, so that channels-last weights stay so."""
+    return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
 
 
 def _narrow(tensor: Tensor) -> bool:
@@ -238,5 +262,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     found.qgraph_ddt.argtypes = [*[pointer] * 6, count, count, flag, count]
     found.qgraph_prune_runs.argtypes = [pointer, pointer, count, count, flag, flag, flag, count]
     found.qgraph_prune_largest.argtypes = [pointer, pointer, count, count, flag]
-    found.qgraph_ddt.restype = found.qgraph_prune_runs.restype = None
+    found.qgraph_fingerprint.argtypes = [pointer, pointer, count, flag, count]
+    for function in (found.qgraph_ddt, found.qgraph_prune_runs, found.qgraph_fingerprint):
+        function.restype = None
     return found

@@ -91,14 +91,15 @@ class _Sparsify(torch.autograd.Function):
 
 def _compiled(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor | None:
     """The pruned values by compiled passes, where those apply."""
-    if sparsity.kind == "block" or w.numel() == 0 or not native.applies(w):
+    if sparsity.kind == "block" or w.numel() == 0 or not w.is_contiguous() or not native.applies(w):
         return None
     w = w.detach()
     if sparsity.kind == "unstructured":
         return native.prune_largest(w, _kept(w.numel(), sparsity.ratio or 0.0))
     along = groups.sparsity_rows()
     rows = along.to_rows(w).contiguous()
-    return along.from_rows(native.prune_runs(rows, sparsity.n or 1, sparsity.m or 1), w.shape)
+    pruned = native.prune_runs(rows, sparsity.n or 1, sparsity.m or 1)
+    return along.from_rows(pruned, w.shape).contiguous()  # laid out as `w` is
 
 
 def _kept(n: int, ratio: float) -> int:

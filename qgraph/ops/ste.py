@@ -35,7 +35,7 @@ class StraightThrough(torch.autograd.Function):
     def forward(x: Tensor, spec: QuantSpec, sparse: bool) -> Tensor:
         # Not with a mean for its scale: its sum has to be that of `ste_codes`, or codes would differ.
         if native.quantizes(spec, x) and not sparse and not scale_is_mean(spec):
-            return native.forward(x.detach(), None, spec, regress=False)[0]
+            return native.forward(x, None, spec, regress=False)[0]
         q, step, offset = ste_codes(x, spec, sparse)
         y = q.mul_(step) if offset is None else torch.addcmul(offset, q, step)
         return y.to(x.dtype)
