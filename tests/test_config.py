@@ -222,7 +222,7 @@ def test_not_a_notation_at_all(value: object) -> None:
         (lambda: QuantSpec(1.58, "affine"), "ternary levels are -1, 0, 1"),
         (lambda: QuantSpec(4, "symmetric"), "scheme is one of affine, linear, found 'symmetric'"),
         (lambda: QuantSpec(4, granularity="row"), "granularity is one of tensor, channel, block, token"),
-        (lambda: QuantSpec(4, method="xnor"), "method is one of ddt, ste, lsq, found 'xnor'"),
+        (lambda: QuantSpec(4, method="xnor"), "method is one of ddt, ste, lsq, seq, found 'xnor'"),
         (lambda: QuantSpec(4, scale="median"), "scale is one of minmax, absmean"),
         (lambda: QuantSpec(4, method="lsq", scale="absmean"), "whose step is learned"),
         (lambda: QuantSpec(4, granularity="block"), "needs a group_size of at least 1, found None"),
