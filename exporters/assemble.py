@@ -75,7 +75,7 @@ def _weight_layer(record: WeightRecord, lowered: Lowered, collected: Collected) 
     sparsity = collected.sparsity.get(record.site)
     activation = _activation_of(record.site, collected)
     notes = list(dict.fromkeys(record.notes))
-    if activation is not None and activation.bits < 8:
+    if activation is not None and activation.bits < 8 and activation.range == "dynamic":
         notes.append(f"{activation.bits:g}-bit activations run no faster than float in onnxruntime")
     return LayerReport(
         path=path,
@@ -130,7 +130,7 @@ def _activation_layers(lowered: Lowered, collected: Collected) -> list[LayerRepo
             groups=groups_text(form.groups),
             format="",
             bytes=0,
-            form="quantized at run time",
+            form="quantized at run time" if form.fixed is None else "codes of a fixed range",
             activation=form.spec,
         )
     return list(rows.values())

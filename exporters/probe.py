@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qgraph.exporters.lowering.graph import ActivationRecord
 from qgraph.exporters.signature import FlatModel, run_eagerly
 from qgraph.exporters.ties import explain
+from qgraph.exporters.ties_static import explain_static
 from qgraph.modules import ActivationForm, ActivationQuantizer
 
 TOLERANCE = 1e-5
@@ -57,14 +58,15 @@ class Probed:
 def add_probe_outputs(model: ir.Model, records: Sequence[ActivationRecord], layers: Mapping[str, ir.Value]) -> None:
     """Make intermediate values outputs of `model`, in place, behind its own."""
     graph = model.graph
-    wanted = {value.name for record in records for value in (record.before, record.after)}
+    wanted = {value.name for record in records for value in (record.before, record.after) if value is not None}
     wanted |= {value.name for value in layers.values() if value.name}
+    codes = {record.after.name for record in records if record.scale is not None}
     present = {value.name for value in graph.outputs}
     for node in graph:
         for value in node.outputs:
             if value.name in wanted and value.name not in present:
                 if value.type is None:
-                    value.type = ir.TensorType(ir.DataType.FLOAT)
+                    value.type = ir.TensorType(ir.DataType.UINT8 if value.name in codes else ir.DataType.FLOAT)
                 graph.outputs.append(value)
 
 
@@ -154,15 +156,28 @@ class _Quantizer:
         record = self._record(x)
         if record is None:
             return output
-        before = torch.from_numpy(self.values[record.before.name]).to(x.dtype)
-        self.found.note(self.site, relative_difference(x, before), "the value that reaches this quantizer")
-        after = torch.from_numpy(self.values[record.after.name]).to(x.dtype)
-        explained = explain(before, after, self._own(x, before), self.form)
+        before = x
+        if record.before is not None:
+            before = torch.from_numpy(self.values[record.before.name]).to(x.dtype)
+            self.found.note(self.site, relative_difference(x, before), "the value that reaches this quantizer")
+        after = self._after(record, x.dtype)
+        own = self._own(x, before)
+        if record.scale is None:
+            explained = explain(before, after, own, self.form)
+        else:
+            explained = explain_static(before, after, own, self.form, record.tie)
         self.found.flips += explained.flips
         self.found.ties += explained.ties
         allowed = max(TOLERANCE, SUMS * self._length(x) ** 0.5 * UNIT)
         self.found.note(self.site, explained.unexplained, "what this quantizer makes of its input", allowed)
         return after.to(output.dtype)
+
+    def _after(self, record: ActivationRecord, dtype: torch.dtype) -> Tensor:
+        """The quantized value in the file; codes are dequantized."""
+        value = torch.from_numpy(self.values[record.after.name])
+        if record.scale is not None:
+            value = (value.float() - record.zero_point) * torch.tensor(record.scale)
+        return value.to(dtype)
 
     def _length(self, x: Tensor) -> int:
         """How many values share one scale."""
@@ -182,8 +197,10 @@ class _Quantizer:
         return fitting[min(self.calls, len(fitting)) - 1]
 
     def _shape(self, record: ActivationRecord) -> tuple[int, ...] | None:
-        before, after = (self.values.get(value.name) for value in (record.before, record.after))
-        return None if before is None or after is None else before.shape
+        wanted = [value for value in (record.before, record.after) if value is not None]
+        found = [self.values.get(value.name) for value in wanted]
+        last = found[-1]
+        return None if last is None or any(value is None for value in found) else last.shape
 
 
 class _Layer:

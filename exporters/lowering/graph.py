@@ -24,6 +24,7 @@ from qgraph.exporters.lowering.linear import (
     emit_kernel,
     has_zero_points,
 )
+from qgraph.exporters.lowering.static import Statics
 from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation_of, uses_of
 from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
 from qgraph.modules import ActivationForm, Collected
@@ -46,11 +47,18 @@ class WeightRecord:
 
 @dataclass(slots=True)
 class ActivationRecord:
-    """What became of one quantized activation: the values before and after it in the file."""
+    """What became of one quantized activation: the values before and after it in the file.
+
+    Of a static one `after` are codes that stand for `scale * (code - zero_point)`; `before` is None where the file goes
+    from codes to codes; `tie` is how near, in codes, to the middle between two of them either may be taken.
+    """
 
     site: str
-    before: ir.Value
+    before: ir.Value | None
     after: ir.Value
+    scale: float | None = None
+    zero_point: int = 0
+    tie: float = 0.0
 
 
 @dataclass(slots=True)
@@ -111,24 +119,27 @@ class _Lowering:
         self.quantized: dict[tuple[int, str], ir.Value] = {}
         self.by_content: dict[bytes, str] = {}
         self.gathered: set[bytes] = set()
+        self.statics = Statics(self)
 
     def run(self) -> Lowered:
         self._find_gathered()
-        for node in list(self.graph):
-            if node.domain == DOMAIN and node.op_type == "Weight":
-                self._weight(node)
+        weights = [node for node in self.graph if node.domain == DOMAIN and node.op_type == "Weight"]
+        self.statics.emit_chains()
+        for node in weights:
+            self._weight(node)
         for node in list(self.graph):
             if node.domain == DOMAIN and node.op_type == "Activation":
                 self._activation(node)
         self.graph.sort()
         remove_unused(self.graph)
         self.graph.opset_imports.pop(DOMAIN, None)
-        return Lowered(self.records, self.activations, [n for n in self.b.nodes if n.graph is not None])
+        records = {site: self.records[site] for site in map(_site, weights)}
+        return Lowered(records, self.activations, [n for n in self.b.nodes if n.graph is not None])
 
     # weights
 
     def _weight(self, node: ir.Node) -> None:
-        record = self._record(_site(node))
+        record = self.record_of(node)
         for use in list(uses_of(node.outputs[0])):
             plan = self._plan(use, record)
             if plan is None:
@@ -155,7 +166,9 @@ class _Lowering:
             raise _unknown(site)
         return quantized
 
-    def _record(self, site: str) -> WeightRecord:
+    def record_of(self, node: ir.Node) -> WeightRecord:
+        """The record of a weight, which is packed on first demand."""
+        site = _site(node)
         if site in self.records:
             return self.records[site]
         quantized = self._quantized(site)
@@ -192,7 +205,7 @@ class _Lowering:
                 value = self.b.cast(value, out.dtype, name=f"{name}/cast")
         record.ops += consumers
         record.forms.append(f"unpacked {record.packed.format}")
-        self._replace(out, value)
+        self.replace(out, value)
 
     # activations
 
@@ -203,13 +216,16 @@ class _Lowering:
         if not out.uses() and out not in self.graph.outputs:
             return
         form = self._form(site)
+        if form.fixed is not None:
+            self.replace(out, self.statics.float_of(node))
+            return
         key = (id(x), repr((form.spec, form.groups, None if form.step is None else form.step.tolist())))
         if key not in self.quantized:
             with self.b.before(node):
                 self.quantized[key] = lower_activation(self.b, x, form, site)
         y = self.quantized[key]
         self.activations.append(ActivationRecord(site, x, y))
-        self._replace(out, y)
+        self.replace(out, y)
 
     def _form(self, site: str) -> ActivationForm:
         form = self.collected.activations.get(site)
@@ -244,8 +260,8 @@ class _Lowering:
         bounds = [node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end")]
 
         def emit() -> None:
-            self._replace(node.outputs[0], self.b.ints(record.packed.shape[slice(*bounds)]))
-            self._remove(node)
+            self.replace(node.outputs[0], self.b.ints(record.packed.shape[slice(*bounds)]))
+            self.remove(node)
 
         return emit
 
@@ -279,6 +295,10 @@ class _Lowering:
 
         return emit
 
+    def integer(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
+        """A product in integers, of a static activation."""
+        return self.statics.product(use, record) or self.statics.convolution(use, record)
+
     def _sums(self, x: ir.Value, packed: PackedWeight, inputs: int, name: str) -> ir.Value | None:
         if not has_zero_points(packed):
             return None
@@ -290,7 +310,7 @@ class _Lowering:
             self.sums[key] = block_sums(self.b, x, groups, inputs, rank, name)
         return self.sums[key]
 
-    def _replace(self, old: ir.Value, new: ir.Value) -> None:
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Every use of `old` becomes one of `new`, graph outputs included (which keep their name)."""
         name, was_output = old.name, old.is_graph_output()
         if was_output and new.is_graph_output():  # one value cannot have two names
@@ -310,10 +330,11 @@ class _Lowering:
         record.forms.append(form)
         out = node.outputs[0]
         y.shape, y.type = out.shape, out.type
-        self._replace(out, y)
-        self._remove(node)
+        self.replace(out, y)
+        self.remove(node)
 
-    def _remove(self, node: ir.Node) -> None:
+    def remove(self, node: ir.Node) -> None:
+        """Take a node that nothing uses any more out of its graph."""
         assert node.graph is not None
         node.graph.remove(node, safe=True)
 
@@ -322,6 +343,7 @@ Match = Callable[[_Lowering, Use, WeightRecord], Callable[[], None] | None]
 USES: Mapping[str, Match] = {
     "shape": _Lowering.shape,
     "rows": _Lowering.rows,
+    "integer": _Lowering.integer,
     "kernel": _Lowering.kernel,
 }
 
