@@ -114,14 +114,14 @@ const Graph = (() => {
   }
 
   function toggle(box) {
-    if (box === model.root) return;
+    if (box === model.root || !box.children.length) return;
     box.expanded = !box.expanded;
     redraw(box);
     toggled(box);
   }
 
   function setAll(open) {
-    for (const box of model.boxes) box.expanded = open || box === model.root;
+    for (const box of model.boxes) box.expanded = (open && box.children.length > 0) || box === model.root;
     redraw(null);
     view();
     toggled(null);
@@ -163,10 +163,11 @@ const Graph = (() => {
   // All of it; the layout knows its size, which the library would have to measure.
   function fit(least = 0) {
     cy.resize();
-    const { w, h } = model.root.made, top = 30, edge = 24;
-    const whole = Math.min((cy.width() - 2 * edge) / w, (cy.height() - 2 * edge) / (h - top), 1.2);
+    const { w, h } = model.root.made, top = 30, edge = 24, below = 40; // the legend stands below
+    const wide = cy.width() - 2 * edge, high = cy.height() - 2 * edge - below;
+    const whole = Math.min(wide / w, high / (h - top), 1.2);
     const zoom = Math.max(whole, Math.min(least, 1));
-    const y = zoom > whole ? edge - zoom * top : (cy.height() - zoom * (h + top)) / 2;
+    const y = zoom > whole ? edge - zoom * top : edge + (high - zoom * (h + top)) / 2;
     cy.viewport({ zoom, pan: { x: cy.width() / 2 - (zoom * w) / 2, y } });
   }
 

@@ -111,7 +111,7 @@ const Model = (() => {
     while (level.length) {
       const more = level.reduce((all, box) => all + shownChildren(model, box).length, 0);
       if (count + more > most) return;
-      level.forEach((box) => { box.expanded = true; });
+      level.forEach((box) => { box.expanded = box.children.length > 0; });
       count += more;
       level = level.flatMap((box) => box.children.filter((child) => child.isBox));
     }

@@ -35,11 +35,14 @@ const Panel = (() => {
       ].filter(Boolean)),
       ...remarks.map((text) => element("p", { class: "note" }, text)),
       model.data.flow ? null : element("p", { class: "note" }, "No data flow: nothing of this model is captured. Prepare it with example inputs to see it."),
-      coverage.opaque.length ? section("Stays Python", coverage.opaque.map((each) => element("p", { class: "note warn" }, `${each.path || "the model"}: ${each.reason}`))) : null,
+      coverage.opaque.length ? section("Stays Python", opaque(coverage.opaque)) : null,
       worst.length ? section("Largest error", worst.map((row) => layerLine(row, Format.decibels(row)))) : null,
       heavy.length ? section("Most bytes", heavy.map((row) => layerLine(row, bytes(row.bytes_after)))) : null,
     ];
   }
+
+  // Once for eval and train.
+  const opaque = (modules) => [...new Set(modules.map((each) => `${each.path || "the model"}: ${each.reason}`))].map((text) => element("p", { class: "note warn" }, text));
 
   const section = (title, children) => element("section", {}, element("h3", {}, title), ...children);
 
@@ -96,7 +99,7 @@ const Panel = (() => {
         ["read by", list(visible(node.outputs))],
       ]),
       data.where ? source(data.where) : null,
-      ...(data.role === "activation" ? [] : node.rows.map(card)),
+      ...(data.role === "activation" ? [] : node.rows.map((row) => card(row, data.where))),
     ];
   }
 
@@ -107,7 +110,7 @@ const Panel = (() => {
     return element("figure", { class: "source" }, element("figcaption", {}, where), text ? element("code", {}, text) : null);
   }
 
-  function card(row) {
+  function card(row, shown) {
     const pruned = row.sparsity ? `, ${row.sparsity}` : "";
     return element("article", { class: "card", css: { "--tint": Format.bits(row.reason == null && row.weight ? row.weight.bits : null) } },
       element("h3", {}, row.site, element("span", { class: "chip" }, row.reason == null ? row.spec : "float")),
@@ -124,7 +127,7 @@ const Panel = (() => {
       ]),
       row.error_db != null || row.exact ? gauge(row) : null,
       row.histogram ? Histogram.draw(row.histogram, row) : null,
-      row.where ? source(row.where) : null);
+      row.where && row.where !== shown ? source(row.where) : null);
   }
 
   function describe(spec) {
