@@ -89,6 +89,12 @@ class QConfig:
             raise ConfigError("QConfig: an activation's granularity is tensor, token or block, found 'channel'.")
         if self.weight is not None and self.weight.range == "static":
             raise ConfigError("QConfig: a weight's scale follows the weight; range='static' belongs to activations.")
+        pulled = self.sparsity is not None and self.sparsity.decay > 0
+        if pulled and self.weight is not None and self.weight.method == "ddt":
+            raise ConfigError(
+                "QConfig: SR-STE's decay goes with method 'ste', 'lsq' or 'seq', found 'ddt', which gives pruned "
+                "weights the gradient of its regression; leave the decay out."
+            )
         if self.sparsity is not None and self.weight is not None and self.weight.scheme == "affine":
             raise ConfigError(
                 "QConfig: a pruned weight is exactly 0, which affine levels do not hold; "
@@ -100,7 +106,7 @@ class QConfig:
         """Read the notation; a QConfig is returned as it is.
 
         >>> QConfig.parse("A4W1-2:4@128").sparsity
-        SparsitySpec(kind='n:m', n=2, m=4, ratio=None, block_shape=None)
+        SparsitySpec(kind='n:m', n=2, m=4, ratio=None, block_shape=None, decay=0.0)
         """
         if isinstance(text, cls):
             return text
@@ -120,7 +126,7 @@ class QConfig:
     @property
     def notation(self) -> str | None:
         """The text that parses to this config, or None where there is none (rules, unusual specs)."""
-        if self.rules:
+        if self.rules or (self.sparsity is not None and self.sparsity.decay):
             return None
         if self == QConfig():
             return "float"

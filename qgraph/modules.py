@@ -18,6 +18,7 @@ from qgraph.config import QuantSpec, SparsitySpec
 from qgraph.errors import CaptureError
 from qgraph.ops import Groups, Quantized, fake_quantize, initial_step, quantize, sparsify
 from qgraph.ops.memo import Memo
+from qgraph.ops.sr_ste import SparseRefined
 from qgraph.ops.static import FixedScale
 from qgraph.ranges import RunningRange
 
@@ -267,6 +268,8 @@ class Sparsifier(nn.Module):
         if not torch.compiler.is_compiling():
             known = self.memo.pruned(weight, self.sparsity, self.groups)
         pruned = sparsify(weight, self.sparsity, self.groups) if known is None else known
+        if self.sparsity.decay and torch.is_grad_enabled():
+            pruned = SparseRefined.apply(pruned, weight, self.sparsity.decay)
         if _run.collected is not None:
             _run.collected.sparsity[self.site] = self.sparsity
             if self.alone:

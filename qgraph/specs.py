@@ -171,6 +171,9 @@ class SparsitySpec:
         The fraction that is pruned, above 0 and below 1.
     block_shape : tuple of int, optional
         Rows and columns of the blocks that are kept or pruned whole.
+    decay : float
+        SR-STE: what of a pruned weight is added to its gradient, which pulls it to 0 (2e-4 in its paper). Not with
+        weights quantized by method "ddt", which has its own gradient for them.
     """
 
     kind: SparsityKind
@@ -178,6 +181,7 @@ class SparsitySpec:
     m: int | None = None
     ratio: float | None = None
     block_shape: tuple[int, int] | None = None
+    decay: float = 0.0
 
     def __post_init__(self) -> None:
         _check_choice("kind", self.kind, SparsityKind, owner="SparsitySpec")
@@ -191,6 +195,8 @@ class SparsitySpec:
             self._check_counts()
         else:
             self._check_ratio()
+        if not _is_number(self.decay) or not 0 <= self.decay < math.inf:
+            raise ConfigError(f"SparsitySpec: decay is a finite number of at least 0, found {self.decay!r}.")
 
     def _check_counts(self) -> None:
         n, m = self.n, self.m
@@ -211,17 +217,22 @@ class SparsitySpec:
 
     @classmethod
     def parse(cls, text: "str | SparsitySpec") -> "SparsitySpec":
-        """Read `2:4`, `70%` or `70%[4x4]`.
+        """Read `2:4`, `70%` or `70%[4x4]`, and any of them with a decay as in `2:4~0.0002`.
 
         >>> SparsitySpec.parse("2:4")
-        SparsitySpec(kind='n:m', n=2, m=4, ratio=None, block_shape=None)
+        SparsitySpec(kind='n:m', n=2, m=4, ratio=None, block_shape=None, decay=0.0)
         """
         if isinstance(text, cls):
             return text
         if not isinstance(text, str):
             hint = ' YAML reads an unquoted 2:4 as a number; write "2:4".' if _is_int(text) else ""
             raise ConfigError(f"sparsity {text!r}: expected text such as '2:4' or '70%'.{hint}")
-        return cls(**notation.read_sparsity(text))  # type: ignore[arg-type]
+        pattern, tilde, decay = text.partition("~")
+        try:
+            pull = float(decay) if tilde else 0.0
+        except ValueError:
+            raise ConfigError(f"sparsity {text!r}: expected a number after '~', such as 2:4~0.0002.") from None
+        return cls(**notation.read_sparsity(pattern), decay=pull)  # type: ignore[arg-type]
 
     @property
     def density(self) -> float:
@@ -229,10 +240,11 @@ class SparsitySpec:
         return self.n / self.m if self.n and self.m else 1.0 - (self.ratio or 0.0)
 
     def __str__(self) -> str:
+        pull = f"~{self.decay!r}" if self.decay else ""
         if self.kind == "n:m":
-            return f"{self.n}:{self.m}"
+            return f"{self.n}:{self.m}{pull}"
         block = "[{}x{}]".format(*self.block_shape) if self.block_shape else ""
-        return notation.format_percent(self.ratio or 0.0) + block
+        return notation.format_percent(self.ratio or 0.0) + block + pull
 
 
 def _checked_bits(bits: Any) -> float:

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ops_cases import SHAPES, groupings, seeds, sparsities, values
 
-from qgraph.config import QuantSpec, SparsitySpec
+import qgraph
+from qgraph.config import QConfig, QuantSpec, SparsitySpec
+from qgraph.errors import ConfigError
 from qgraph.ops import Groups, fake_quantize, quantize, reference, selection, sparsify, sparsity_mask
 
 cases = st.sampled_from(SHAPES).flatmap(lambda s: st.tuples(st.just(s), groupings(s), seeds))
@@ -161,3 +163,22 @@ def test_infinite_values_of_a_long_vector_are_kept(bad):
     x[[5, 19_999]] = bad
     mask = sparsity_mask(x, SparsitySpec.parse("90%"), Groups("channel"))
     assert mask[[5, 19_999]].all() and int(mask.sum()) == 2000
+
+
+def test_sr_ste_pulls_pruned_weights_alone():
+    """Zhou et al.: decay times the weight is added to the gradient of a pruned weight, nothing to that of a kept one."""
+    linear = torch.nn.Linear(8, 3, bias=False)
+    config = QConfig(QuantSpec(4, "linear", method="ste"), None, SparsitySpec("n:m", n=2, m=4, decay=0.3))
+    plain = QConfig(QuantSpec(4, "linear", method="ste"), None, SparsitySpec("n:m", n=2, m=4))
+    x = torch.randn(5, 8)
+    grads = []
+    for wanted in (config, plain):
+        prepared = qgraph.prepare(linear, wanted, x)
+        prepared(x).square().sum().backward()
+        grads.append(prepared.weight.grad)
+    weight = linear.weight.detach()
+    pruned = ~sparsity_mask(weight, config.sparsity, Groups("channel"))
+    torch.testing.assert_close(grads[0] - grads[1], 0.3 * weight * pruned)
+    assert SparsitySpec.parse(str(config.sparsity)) == config.sparsity and QConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="SR-STE"):
+        QConfig(QuantSpec(1, "linear"), None, config.sparsity)
