@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
             for name in options.study:
                 _study(name, options, progress)
     rows = load(options.out, options.study)
-    Console(width=150).print(tables.markdown(rows))
+    print(tables.markdown(rows))
+    if options.docs:
+        text = options.docs.read_text()
+        marked = f"<!-- rows -->\n{tables.markdown(rows)}\n<!-- /rows -->"
+        options.docs.write_text(re.sub(r"<!-- rows -->.*?<!-- /rows -->", lambda _: marked, text, flags=re.S))
     if options.plots:
         tables.plots(rows, options.plots)
 
@@ -112,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="where rows go (default: benchmarks/results/accuracy; --quick: /quick in it)"
     )
     parser.add_argument("--tables", action="store_true", help="train nothing, print the tables")
+    parser.add_argument("--docs", type=Path, help="a page whose tables, between <!-- rows --> marks, are written anew")
     parser.add_argument("--plots", type=Path, help="a folder for loss curves as SVG (needs matplotlib)")
     return parser
 

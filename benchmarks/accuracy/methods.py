@@ -5,7 +5,7 @@ A method quantizes weights and activations alike, unless the setting says what a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qgraph.config import QConfig, QuantSpec, Rule, SparsitySpec
 
@@ -19,6 +19,7 @@ class Method:
     method: str
     scale: str = "minmax"
     scheme: str | None = None
+    decay: float = 0.0
     note: str = ""
 
 
@@ -30,6 +31,7 @@ METHODS = {
     "ste-windowed": Method("ste", "windowed", note="straight-through, mean-magnitude scale learned through, window"),
     "xnor": Method("ste", "absmean", "linear", note="XNOR-Net: sign, mean-magnitude scale learned through"),
     "bitnet": Method("ste", "minmax", "linear", note="BitNet (b1.58): mean-magnitude scale, gradient 1"),
+    "sr-ste": Method("ste", decay=2e-4, note="straight-through, min/max scale, SR-STE's decay of pruned weights"),
     "lsq": Method("lsq", note="LSQ: learned step"),
     "seq": Method("seq", note="ParetoQ: elastic binarization at 1 bit, SEQ at 1.58 and 2"),
 }
@@ -51,7 +53,7 @@ EIGHT_BITS = QuantSpec(8, "linear", "token", method="ste")
 SETTINGS = {
     "A1W1": Setting(1, 1, ("ddt", "ddt-windowed", "ste", "ste-windowed", "xnor", "bitnet", "seq", "ddt-absmean")),
     "A2W2": Setting(2, 2, ("ddt", "ddt-windowed", "ste", "ste-windowed", "lsq", "seq")),
-    "A4W1-2:4": Setting(1, 4, ("ddt", "ddt-windowed", "ste", "ste-windowed"), sparsity="2:4"),
+    "A4W1-2:4": Setting(1, 4, ("ddt", "ddt-windowed", "ste", "sr-ste", "ste-windowed"), sparsity="2:4"),
     "A8W1.58": Setting(
         1.58, None, ("ddt", "ddt-windowed", "bitnet", "ste-windowed", "seq"), fixed_activation=EIGHT_BITS
     ),
@@ -63,7 +65,7 @@ def config(setting: str, method: str, keep: tuple[str, ...]) -> QConfig | None:
     if method == FULL_PRECISION:
         return None
     how, what = METHODS[method], SETTINGS[setting]
-    sparsity = None if what.sparsity is None else SparsitySpec.parse(what.sparsity)
+    sparsity = None if what.sparsity is None else replace(SparsitySpec.parse(what.sparsity), decay=how.decay)
     scheme = "linear" if sparsity is not None else how.scheme
     weight = QuantSpec(what.weight, scheme, "channel", method=how.method, scale=how.scale)
     activation = what.fixed_activation

@@ -166,7 +166,7 @@ def test_infinite_values_of_a_long_vector_are_kept(bad):
 
 
 def test_sr_ste_pulls_pruned_weights_alone():
-    """Zhou et al.: decay times the weight is added to the gradient of a pruned weight, nothing to that of a kept one."""
+    """Zhou et al.: the gradient of a pruned weight has decay times the weight added, that of a kept one nothing."""
     linear = torch.nn.Linear(8, 3, bias=False)
     config = QConfig(QuantSpec(4, "linear", method="ste"), None, SparsitySpec("n:m", n=2, m=4, decay=0.3))
     plain = QConfig(QuantSpec(4, "linear", method="ste"), None, SparsitySpec("n:m", n=2, m=4))
