@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qgraph.exporters.onnx import export
     from qgraph.exporters.report import ExportReport
     from qgraph.exporters.unpack import unpack
+    from qgraph.inspection.explorer import explore
     from qgraph.runtime import verify
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "clear_cache",
     "compare",
     "disabled",
+    "explore",
     "export",
     "inspect",
     "load",
@@ -75,6 +77,7 @@ _LAZY = {
     "ModelComparison": "qgraph.analysis.compare",
     "SensitivityReport": "qgraph.analysis.sensitivity",
     "compare": "qgraph.analysis.compare",
+    "explore": "qgraph.inspection.explorer",
     "export": "qgraph.exporters.onnx",
     "sensitivity": "qgraph.analysis.sensitivity",
     "unpack": "qgraph.exporters.unpack",

@@ -18,23 +18,47 @@ def annotate(network: networkx.DiGraph, layers: Iterable[Layer], floats: Iterabl
     """Add to the nodes of a network, in place, what is known of their weights.
 
     An operation with a site gets ``quantized``, ``spec``, ``bits`` (of the weight; the least of several),
-    ``reason``, ``error_db``; a parameter ``bytes_before`` and ``bytes_after``, which add up to the model's.
+    ``reason``, ``error_db``; a parameter ``bytes_before`` and ``bytes_after``, which add up to the model's. Those of a
+    module without a graph of its own are at the node of its call.
     """
+    layers = list(layers)
     rows: dict[str, list[Layer]] = {}
     for layer in layers:
         rows.setdefault(layer.name, []).append(layer)
         if layer.site != layer.name:
             rows.setdefault(layer.site, []).append(layer)
     plain = {item.name: item for item in floats}
+    called: dict[str, dict[str, Any]] = {}
     counted: set[str] = set()
     for name, data in network.nodes(data=True):
         if data["op"] in ("parameter", "buffer", "initializer"):
             data |= _sizes(name, data, rows, plain, counted)
+        elif "kind" in data:
+            called.setdefault(data["path"], data)
         elif "site" in data and "quantizer" not in data:
             found = [row for site in data["site"].split(",") for row in rows.get(site, ())]
             here = [row for row in found if row.path == data["path"]] or found
             if here:
                 data |= _site(here)
+    _rest(called, layers, plain.values(), counted)
+
+
+def _rest(
+    called: dict[str, dict[str, Any]], rows: Iterable[Layer], floats: Iterable[FloatTensor], counted: set[str]
+) -> None:
+    """Give what has no node of its own to the call of the innermost module around it that is one node."""
+    own = [(row.name, row.bytes_before, row.bytes_after) for row in rows if row.tied_to is None]
+    own += [(item.name, item.bytes, item.bytes) for item in floats]
+    for name, before, after in own:
+        if name in counted:
+            continue
+        around = name
+        while around and around not in called:
+            around = around.rpartition(".")[0]
+        data = called.get(around)
+        if data is not None:
+            data["bytes_before"] = data.get("bytes_before", 0) + before
+            data["bytes_after"] = data.get("bytes_after", 0) + after
 
 
 def _site(rows: list[Layer]) -> dict[str, Any]:
@@ -64,5 +88,6 @@ def _sizes(
         counted.add(site)
         return {"bytes_before": own[0].bytes_before, "bytes_after": own[0].bytes_after}
     if name in floats:
+        counted.add(name)
         return {"bytes_before": floats[name].bytes, "bytes_after": floats[name].bytes}
     return {}

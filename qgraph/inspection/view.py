@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from qgraph.inspection.summary import Inspection
 
-__all__ = ["view"]
+__all__ = ["network_of", "view"]
 
 VERSION = 1  # of the data's form
 HIDDEN = ("number", "constant")  # roles that a page shows when asked to
@@ -49,7 +49,7 @@ def view(inspection: Inspection) -> dict[str, Any]:
         `Inspection.to_dict`, with ``box`` and, where it is known, ``histogram``; ``lines``: file and line -> text;
         ``code``: the rewritten graphs, which boxes name by number; ``totals``, ``coverage``, ``title``, ``kind``.
     """
-    network, flow = _network(inspection)
+    network, flow = network_of(inspection)
     roles = _roles(network, inspection.layers)
     hidden = {name for name, role in roles.items() if role in HIDDEN}
     tree = Tree(_model_name(inspection))
@@ -89,7 +89,7 @@ def view(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def _network(inspection: Inspection) -> tuple[networkx.DiGraph, bool]:
+def network_of(inspection: Inspection) -> tuple[networkx.DiGraph, bool]:
     """The data flow; of a model without graphs its modules alone, and False."""
     try:
         return inspection.to_networkx(), True

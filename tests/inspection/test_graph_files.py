@@ -17,7 +17,7 @@ from qgraph.inspection.graph_files import write_dot
 @pytest.fixture(scope="module")
 def found():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2))
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 2))
     config = qgraph.QConfig.parse("A8W4").with_rules(qgraph.Rule("0", None), qgraph.Rule("2", "W1"))
     return qgraph.inspect(qgraph.prepare(net, config, (torch.randn(3, 4),)))
 
