@@ -18,6 +18,7 @@ from qgraph.errors import (
     QGraphError,
 )
 from qgraph.inspection import Inspection, inspect
+from qgraph.freeze import freeze
 from qgraph.pipeline import Pass, PassContext, PassResult, Pipeline
 from qgraph.prepare import disabled, prepare, set_enabled
 from qgraph.version import __version__
@@ -69,6 +70,7 @@ __all__ = [
     "set_enabled",
     "unpack",
     "verify",
+    "freeze",
 ]
 
 # These bring onnx and onnxruntime, or rich: imported when first asked for.

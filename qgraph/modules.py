@@ -128,6 +128,11 @@ def exports_python() -> bool:
 
 _enabled = operator.attrgetter("enabled")
 
+def run_state() -> _Run:
+    """How quantizers behave now."""
+    return _run
+
+
 
 class Quantizer(nn.Module):
     """What the quantizers share: a site name, a switch and, for methods that learn it, a step.

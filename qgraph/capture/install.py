@@ -24,6 +24,7 @@ from qgraph.capture.snapshot import Snapshot
 from qgraph.capture.source import raised_at
 from qgraph.capture.state import ModuleState
 from qgraph.capture.variants import MAX_VARIANTS, Call, Variant, shapes
+from qgraph.errors import CaptureError
 from qgraph.graph import STATE, quantizer_modules
 from qgraph.modules import exports_python
 
@@ -184,6 +185,12 @@ def run_python(module: nn.Module, state: ModuleState, forward: Any, args: Any, k
     """Run the module's own Python. Under torch.compile that is a graph break, but where it has nothing to quantize it
     is compiled as eager's would be; under torch.export it is traced like the rest.
     """
+    if state.frozen:
+        raise CaptureError(
+            f"module '{state.path}' is frozen and was called in a way that none of its graphs holds for "
+            f"({', '.join(call.names) or 'no arguments'}{', in train mode' if module.training else ''}); expected a "
+            f"call as those before qgraph.freeze. Make such a call of the prepared model in eval, then freeze it again."
+        )
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return python_body(module, state, forward, args, kwargs, call)
     if state.known_opaque(call, module.training) is not None and not state.python_sites and not _own_weights(module):

@@ -41,6 +41,7 @@ class ModuleState:
         self.opaque: list[Opaque] = []
         self.python_sites: dict[tuple[str, ...], Any] = {}
         self.misses = 0
+        self.frozen = False  # whether it has lost float weights, which its Python would need
         self.gave_tensor: bool | None = None  # whether its first result was one
         self.asked = 0  # of the modules in `shared.varying`, how many its graphs ask for their structure
         self.positional = positional_names(forward)
