@@ -116,6 +116,17 @@ def test_inspect_a_file(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out)["kind"] == "onnx"
 
 
+def test_inspect_writes_a_page(work: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "net.html"
+    code, out, _ = run(capsys, "inspect", "zoo_of_cli:net", "--html", page)
+    assert code == 0 and out.endswith(f"{page}: open it in a browser\n")
+    assert page.read_text().startswith("<!doctype html>")
+    code, out, _ = run(capsys, "inspect", work / "net.onnx", "--html", page, "--json")
+    assert json.loads(out)["html"] == str(page) and "net.onnx" in page.read_text()
+    code, out, err = run(capsys, "inspect", work / "net.onnx", "--html", tmp_path / "no" / "net.html")
+    assert code == 2 and err.count("\n") == 1 and "its folder does not exist" in err
+
+
 def test_diff(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "diff", "zoo_of_cli:net", work / "net.onnx", "--json")
     data = json.loads(out)

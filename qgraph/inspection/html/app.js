@@ -4,7 +4,10 @@
   const { element } = Format;
   const $ = (id) => document.getElementById(id);
   const model = Model.read(JSON.parse($("data").textContent));
-  let picked = null, view = "graph", found = [], at = -1;
+  let picked = null,
+    view = "graph",
+    found = [],
+    at = -1;
 
   function pick(item, row) {
     picked = item;
@@ -28,7 +31,8 @@
     }
     $("sides").hidden = which !== "treemap";
     $("shown").hidden = which !== "graph";
-    if (which === "treemap") Treemap.draw(); else Graph.resize();
+    if (which === "treemap") Treemap.draw();
+    else Graph.resize();
   }
 
   // -- search
@@ -36,9 +40,26 @@
   function search() {
     found = Model.find(model, $("search").value);
     at = found.length ? 0 : -1;
-    const lines = found.slice(0, 40).map((item, i) => element("li", { role: "option", "data-i": i, on: { mousedown: (event) => { event.preventDefault(); at = i; choose(); } } },
-      element("span", { class: "dot", css: { background: Format.bits(Model.bitsOf(item)) } }), element("b", {}, Model.name(item)),
-      element("span", {}, item.data.path || ""), element("i", {}, item.isBox ? item.data.kind || "module" : item.data.role)));
+    const lines = found.slice(0, 40).map((item, i) =>
+      element(
+        "li",
+        {
+          role: "option",
+          "data-i": i,
+          on: {
+            mousedown: (event) => {
+              event.preventDefault();
+              at = i;
+              choose();
+            },
+          },
+        },
+        element("span", { class: "dot", css: { background: Format.bits(Model.bitsOf(item)) } }),
+        element("b", {}, Model.name(item)),
+        element("span", {}, item.data.path || ""),
+        element("i", {}, item.isBox ? item.data.kind || "module" : item.data.role),
+      ),
+    );
     if (found.length > 40) lines.push(element("li", { class: "more" }, `and ${Format.count(found.length - 40)} more`));
     if (!found.length && $("search").value.trim()) lines.push(element("li", { class: "more" }, "nothing found"));
     $("results").replaceChildren(...lines);
@@ -65,7 +86,11 @@
       at = Math.max(0, Math.min(Math.min(found.length, 40) - 1, at + (event.key === "ArrowDown" ? 1 : -1)));
       highlight();
     } else if (event.key === "Enter") choose();
-    else if (event.key === "Escape") { $("search").value = ""; search(); $("search").blur(); } else return;
+    else if (event.key === "Escape") {
+      $("search").value = "";
+      search();
+      $("search").blur();
+    } else return;
     event.preventDefault();
     event.stopPropagation();
   }
@@ -74,16 +99,37 @@
 
   const keys = {
     "/": () => $("search").select(),
-    g: () => show("graph"), t: () => show("treemap"), d: theme, "?": help, f: () => Graph.fit(), 0: () => Graph.view(),
-    "+": () => Graph.zoomBy(1.25), "=": () => Graph.zoomBy(1.25), "-": () => Graph.zoomBy(0.8),
-    e: () => Graph.setAll(true), c: () => Graph.setAll(false), Enter: toggle, " ": toggle,
-    n: () => step(1), p: () => step(-1), Backspace: () => picked && picked.parent && go(picked.parent),
-    Escape: () => { if ($("help").open) $("help").close(); pick(null); },
-    ArrowDown: () => along("outputs", "y", 1), ArrowUp: () => along("inputs", "y", -1), ArrowRight: () => beside(1), ArrowLeft: () => beside(-1),
+    g: () => show("graph"),
+    t: () => show("treemap"),
+    d: theme,
+    "?": help,
+    f: () => Graph.fit(),
+    0: () => Graph.view(),
+    "+": () => Graph.zoomBy(1.25),
+    "=": () => Graph.zoomBy(1.25),
+    "-": () => Graph.zoomBy(0.8),
+    e: () => Graph.setAll(true),
+    c: () => Graph.setAll(false),
+    Enter: toggle,
+    " ": toggle,
+    n: () => step(1),
+    p: () => step(-1),
+    Backspace: () => picked && picked.parent && go(picked.parent),
+    Escape: () => {
+      if ($("help").open) $("help").close();
+      pick(null);
+    },
+    ArrowDown: () => along("outputs", "y", 1),
+    ArrowUp: () => along("inputs", "y", -1),
+    ArrowRight: () => beside(1),
+    ArrowLeft: () => beside(-1),
   };
 
   function toggle() {
-    if (picked && picked.isBox) { Graph.toggle(picked); pick(picked); }
+    if (picked && picked.isBox) {
+      Graph.toggle(picked);
+      pick(picked);
+    }
   }
 
   function step(by) {
@@ -95,19 +141,31 @@
   // Follow an edge of what is shown; where there is none, go to the nearest thing in that direction.
   function along(_, axis, sign) {
     const items = shownItems();
-    if (!picked) { go(items[0]); return; }
+    if (!picked) {
+      go(items[0]);
+      return;
+    }
     const here = Model.shown(picked);
     const node = Graph.core().getElementById(here.key);
     const next = sign > 0 ? node.outgoers("node") : node.incomers("node");
     const byEdge = next.map((each) => model.byKey.get(each.id())).filter((each) => each !== here);
-    if (byEdge.length) { go(byEdge.sort((a, b) => Math.abs(a.x - here.x) - Math.abs(b.x - here.x) || sign * (a.y - b.y))[0]); return; }
-    nearest(items.filter((each) => sign * (each.y - here.y) > 4), here);
+    if (byEdge.length) {
+      go(byEdge.sort((a, b) => Math.abs(a.x - here.x) - Math.abs(b.x - here.x) || sign * (a.y - b.y))[0]);
+      return;
+    }
+    nearest(
+      items.filter((each) => sign * (each.y - here.y) > 4),
+      here,
+    );
   }
 
   function beside(sign) {
     if (!picked) return;
     const here = Model.shown(picked);
-    nearest(shownItems().filter((each) => each.parent === here.parent && sign * (each.x - here.x) > 4), here);
+    nearest(
+      shownItems().filter((each) => each.parent === here.parent && sign * (each.x - here.x) > 4),
+      here,
+    );
   }
 
   function nearest(items, here) {
@@ -116,7 +174,11 @@
     if (best) go(best);
   }
 
-  const shownItems = () => Graph.core().nodes().map((node) => model.byKey.get(node.id())).sort((a, b) => a.y - b.y);
+  const shownItems = () =>
+    Graph.core()
+      .nodes()
+      .map((node) => model.byKey.get(node.id()))
+      .sort((a, b) => a.y - b.y);
 
   function pressed(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("[type=search]")) return;
@@ -153,12 +215,25 @@
     }
     $("legend").hidden = !counts.size;
     const known = [...counts].sort((a, b) => (a[0] ?? 99) - (b[0] ?? 99));
-    $("legend").replaceChildren(...known.map(([bits, many]) => element("button", { title: `show the ${many} weights`, on: { click: () => only(bits) } },
-      element("span", { class: "dot", css: { background: Format.bits(bits) } }), bits == null ? "float" : `${bits} bit`, element("small", {}, Format.count(many)))));
+    $("legend").replaceChildren(
+      ...known.map(([bits, many]) =>
+        element(
+          "button",
+          { title: `show the ${many} weights`, on: { click: () => only(bits) } },
+          element("span", { class: "dot", css: { background: Format.bits(bits) } }),
+          bits == null ? "float" : `${bits} bit`,
+          element("small", {}, Format.count(many)),
+        ),
+      ),
+    );
   }
 
   function only(bits) {
-    found = model.nodes.filter((node) => ["site", "weight"].includes(node.data.role) && (bits == null ? !(node.data.bits <= 8) : node.data.bits === bits));
+    found = model.nodes.filter(
+      (node) =>
+        ["site", "weight"].includes(node.data.role) &&
+        (bits == null ? !(node.data.bits <= 8) : node.data.bits === bits),
+    );
     at = -1;
     Graph.mark(picked, found);
   }
@@ -176,20 +251,42 @@
   pick(null);
   $("search").addEventListener("input", search);
   $("search").addEventListener("focus", search);
-  $("search").addEventListener("blur", () => { $("results").hidden = true; });
+  $("search").addEventListener("blur", () => {
+    $("results").hidden = true;
+  });
   $("search").addEventListener("keydown", searchKey);
   document.addEventListener("keydown", pressed);
-  const on = { "tab-graph": () => show("graph"), "tab-treemap": () => show("treemap"), theme, fit: () => Graph.view(), "zoom-in": () => Graph.zoomBy(1.25), "zoom-out": () => Graph.zoomBy(0.8),
-    "open-all": () => Graph.setAll(true), "close-all": () => Graph.setAll(false), "help-button": help, overview: () => pick(null) };
+  const on = {
+    "tab-graph": () => show("graph"),
+    "tab-treemap": () => show("treemap"),
+    theme,
+    fit: () => Graph.view(),
+    "zoom-in": () => Graph.zoomBy(1.25),
+    "zoom-out": () => Graph.zoomBy(0.8),
+    "open-all": () => Graph.setAll(true),
+    "close-all": () => Graph.setAll(false),
+    "help-button": help,
+    overview: () => pick(null),
+  };
   for (const [id, action] of Object.entries(on)) $(id).addEventListener("click", action);
   for (const box of document.querySelectorAll("[data-roles]")) {
     const roles = box.dataset.roles.split(" ");
     box.checked = !roles.every((role) => model.hidden.has(role));
-    box.addEventListener("change", () => { Graph.setHidden(roles, !box.checked); Graph.mark(picked, found); });
+    box.addEventListener("change", () => {
+      Graph.setHidden(roles, !box.checked);
+      Graph.mark(picked, found);
+    });
   }
-  for (const box of document.querySelectorAll("[name=side]")) box.addEventListener("change", () => Treemap.set(box.value));
+  for (const box of document.querySelectorAll("[name=side]"))
+    box.addEventListener("change", () => Treemap.set(box.value));
   dark.addEventListener("change", () => Graph.restyle());
   window.addEventListener("resize", () => (view === "treemap" ? Treemap.draw() : Graph.resize()));
   document.body.dataset.ready = String(Math.round(performance.now() - began));
-  window.qgraphPage = { model, shown: () => Graph.shown(), position: (key) => Graph.position(model.byKey.get(key)), picked: () => picked && picked.key, core: Graph.core };
+  window.qgraphPage = {
+    model,
+    shown: () => Graph.shown(),
+    position: (key) => Graph.position(model.byKey.get(key)),
+    picked: () => picked && picked.key,
+    core: Graph.core,
+  };
 })();

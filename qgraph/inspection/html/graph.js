@@ -8,16 +8,26 @@ const Graph = (() => {
     pick = onPick;
     toggled = onToggle;
     cy = cytoscape({
-      container, style: style(), minZoom: 0.02, maxZoom: 3, boxSelectionEnabled: false,
-      autoungrabify: true, selectionType: "single", pixelRatio: "auto", hideEdgesOnViewport: false,
-      textureOnViewport: false, layout: { name: "preset" },
+      container,
+      style: style(),
+      minZoom: 0.02,
+      maxZoom: 3,
+      boxSelectionEnabled: false,
+      autoungrabify: true,
+      selectionType: "single",
+      pixelRatio: "auto",
+      hideEdgesOnViewport: false,
+      textureOnViewport: false,
+      layout: { name: "preset" },
     });
     cy.on("tap", "node", (event) => pick(model.byKey.get(event.target.id())));
     cy.on("dbltap", "node", (event) => {
       const item = model.byKey.get(event.target.id());
       if (item.isBox) toggle(item);
     });
-    cy.on("tap", (event) => { if (event.target === cy) pick(null); });
+    cy.on("tap", (event) => {
+      if (event.target === cy) pick(null);
+    });
     Layout.connect(model);
     draw();
   }
@@ -25,44 +35,131 @@ const Graph = (() => {
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   function style() {
-    const [text, dim, line, card, page, accent] = ["--text", "--dim", "--line", "--card", "--page", "--accent"].map(css);
+    const [text, dim, line, card, page, accent] = ["--text", "--dim", "--line", "--card", "--page", "--accent"].map(
+      css,
+    );
     const base = {
-      shape: "round-rectangle", "corner-radius": 7, width: "data(w)", height: "data(h)", label: "data(label)", color: text,
-      "font-family": Layout.FONT, "font-size": 12, "text-wrap": "wrap", "text-valign": "center", "text-halign": "center",
-      "line-height": 1.25, "min-zoomed-font-size": 5, "background-color": card, "border-width": 1.2, "border-color": line,
-      "overlay-opacity": 0, "z-index": "data(z)", "z-index-compare": "manual",
+      shape: "round-rectangle",
+      "corner-radius": 7,
+      width: "data(w)",
+      height: "data(h)",
+      label: "data(label)",
+      color: text,
+      "font-family": Layout.FONT,
+      "font-size": 12,
+      "text-wrap": "wrap",
+      "text-valign": "center",
+      "text-halign": "center",
+      "line-height": 1.25,
+      "min-zoomed-font-size": 5,
+      "background-color": card,
+      "border-width": 1.2,
+      "border-color": line,
+      "overlay-opacity": 0,
+      "z-index": "data(z)",
+      "z-index-compare": "manual",
     };
     return [
       { selector: "node", style: base },
-      { selector: ".parameter, .buffer, .constant", style: { "background-color": page, "border-style": "dashed", color: dim, "corner-radius": 14 } },
+      {
+        selector: ".parameter, .buffer, .constant",
+        style: { "background-color": page, "border-style": "dashed", color: dim, "corner-radius": 14 },
+      },
       { selector: ".number", style: { "background-color": page, color: dim, "border-width": 0.6 } },
-      { selector: ".input, .output", style: { "background-color": text, color: page, "border-width": 0, "corner-radius": 18 } },
+      {
+        selector: ".input, .output",
+        style: { "background-color": text, color: page, "border-width": 0, "corner-radius": 18 },
+      },
       { selector: ".python", style: { "border-style": "double", "border-width": 4, "border-color": css("--warn") } },
-      { selector: ".weight, .activation", style: { "background-color": "data(tint)", "border-width": 0, color: "#fff", "font-weight": 600 } },
+      {
+        selector: ".weight, .activation",
+        style: { "background-color": "data(tint)", "border-width": 0, color: "#fff", "font-weight": 600 },
+      },
       { selector: ".activation", style: { shape: "cut-rectangle" } },
       { selector: ".dark-text", style: { color: "#1b1b12" } },
-      { selector: ".sparsity", style: { "background-color": css("--sparse"), "border-width": 0, color: "#fff", "font-weight": 600 } },
+      {
+        selector: ".sparsity",
+        style: { "background-color": css("--sparse"), "border-width": 0, color: "#fff", "font-weight": 600 },
+      },
       { selector: ".site", style: { "border-color": "data(tint)", "border-width": 2.5, "font-weight": 600 } },
       { selector: ".closed", style: stripe(card, line) },
-      { selector: ".open", style: { "background-color": css("--box"), "background-opacity": 0.55, "border-color": line, "border-width": 1,
-        "text-valign": "top", "text-margin-x": "data(mx)", "text-margin-y": 22, color: dim, "text-wrap": "none", "corner-radius": 10, "min-zoomed-font-size": 6 } },
-      { selector: "edge", style: {
-        width: "data(wide)", "line-color": css("--edge"), "curve-style": "straight", "target-arrow-shape": "triangle", "target-arrow-color": css("--edge"),
-        "arrow-scale": 0.75, "source-endpoint": "0 50%", "target-endpoint": "0 -50%", events: "no", "z-index-compare": "manual", "z-index": 500, "overlay-opacity": 0 } },
-      { selector: "edge.bent", style: { "curve-style": "round-segments", "segment-distances": "data(sd)", "segment-weights": "data(sw)",
-        "segment-radii": 12, "edge-distances": "endpoints" } },
+      {
+        selector: ".open",
+        style: {
+          "background-color": css("--box"),
+          "background-opacity": 0.55,
+          "border-color": line,
+          "border-width": 1,
+          "text-valign": "top",
+          "text-margin-x": "data(mx)",
+          "text-margin-y": 22,
+          color: dim,
+          "text-wrap": "none",
+          "corner-radius": 10,
+          "min-zoomed-font-size": 6,
+        },
+      },
+      {
+        selector: "edge",
+        style: {
+          width: "data(wide)",
+          "line-color": css("--edge"),
+          "curve-style": "straight",
+          "target-arrow-shape": "triangle",
+          "target-arrow-color": css("--edge"),
+          "arrow-scale": 0.75,
+          "source-endpoint": "0 50%",
+          "target-endpoint": "0 -50%",
+          events: "no",
+          "z-index-compare": "manual",
+          "z-index": 500,
+          "overlay-opacity": 0,
+        },
+      },
+      {
+        selector: "edge.bent",
+        style: {
+          "curve-style": "round-segments",
+          "segment-distances": "data(sd)",
+          "segment-weights": "data(sw)",
+          "segment-radii": 12,
+          "edge-distances": "endpoints",
+        },
+      },
       { selector: "edge.side", style: { "line-style": "dotted", opacity: 0.75 } },
-      { selector: "edge.near", style: { "line-color": accent, "target-arrow-color": accent, width: 2.4, opacity: 1, "z-index": 501 } },
+      {
+        selector: "edge.near",
+        style: { "line-color": accent, "target-arrow-color": accent, width: 2.4, opacity: 1, "z-index": 501 },
+      },
       { selector: "node.found", style: { "underlay-color": accent, "underlay-opacity": 0.18, "underlay-padding": 6 } },
-      { selector: "node.picked", style: { "border-color": accent, "border-width": 3, "border-style": "solid", "underlay-color": accent, "underlay-opacity": 0.22, "underlay-padding": 7 } },
+      {
+        selector: "node.picked",
+        style: {
+          "border-color": accent,
+          "border-width": 3,
+          "border-style": "solid",
+          "underlay-color": accent,
+          "underlay-opacity": 0.22,
+          "underlay-padding": 7,
+        },
+      },
     ];
   }
 
   const stripe = (card, line) => ({
-    "background-fill": "linear-gradient", "background-gradient-direction": "to-right",
-    "background-gradient-stop-colors": (node) => { const c = node.data("tint"); return `${c} ${c} ${card} ${card}`; },
-    "background-gradient-stop-positions": (node) => { const cut = 700 / node.data("w"); return `0% ${cut}% ${cut}% 100%`; },
-    "border-color": line, "border-width": 1.4, "font-weight": 600,
+    "background-fill": "linear-gradient",
+    "background-gradient-direction": "to-right",
+    "background-gradient-stop-colors": (node) => {
+      const c = node.data("tint");
+      return `${c} ${c} ${card} ${card}`;
+    },
+    "background-gradient-stop-positions": (node) => {
+      const cut = 700 / node.data("w");
+      return `0% ${cut}% ${cut}% 100%`;
+    },
+    "border-color": line,
+    "border-width": 1.4,
+    "font-weight": 600,
   });
 
   function element(item) {
@@ -72,16 +169,31 @@ const Graph = (() => {
     const label = open ? Layout.header(item) : item.label.filter(Boolean).join("\n");
     const classes = item.isBox ? [open ? "open" : "closed"] : [data.role];
     if (!item.isBox && bits != null && bits >= 1.8 && bits <= 3.5) classes.push("dark-text");
-    const values = { id: item.key, label, w: item.w, h: item.h, tint: Format.bits(bits), z: item.depth * 10 + (open ? 0 : 1000) };
+    const values = {
+      id: item.key,
+      label,
+      w: item.w,
+      h: item.h,
+      tint: Format.bits(bits),
+      z: item.depth * 10 + (open ? 0 : 1000),
+    };
     if (open) values.mx = -(item.w - Layout.textWidth(label, "12px") - 28) / 2;
     return { group: "nodes", data: values, position: { x: item.x, y: item.y }, classes };
   }
 
   // Cytoscape takes the points of a bent edge as shares of, and distances from, the line between its ends.
   function wire(edge) {
-    const from = { x: edge.source.x, y: edge.source.y + edge.source.h / 2 }, to = { x: edge.target.x, y: edge.target.y - edge.target.h / 2 };
-    const dx = to.x - from.x, dy = to.y - from.y, long = Math.hypot(dx, dy) || 1;
-    const data = { id: edge.id, source: edge.source.key, target: edge.target.key, wide: Math.min(4, 1.3 + Math.log2(edge.count) * 0.5) };
+    const from = { x: edge.source.x, y: edge.source.y + edge.source.h / 2 },
+      to = { x: edge.target.x, y: edge.target.y - edge.target.h / 2 };
+    const dx = to.x - from.x,
+      dy = to.y - from.y,
+      long = Math.hypot(dx, dy) || 1;
+    const data = {
+      id: edge.id,
+      source: edge.source.key,
+      target: edge.target.key,
+      wide: Math.min(4, 1.3 + Math.log2(edge.count) * 0.5),
+    };
     const classes = ["parameter", "buffer", "constant", "number"].includes(edge.source.data.role) ? ["side"] : [];
     if (edge.points.length && long > 1) {
       data.sw = edge.points.map((p) => ((p.x - from.x) * dx + (p.y - from.y) * dy) / (long * long));
@@ -105,12 +217,18 @@ const Graph = (() => {
   // Draw again; `anchor` stays where it is on the screen.
   function redraw(anchor) {
     const before = anchor && cy.getElementById(anchor.key);
-    const at = before && before.nonempty() ? { x: before.renderedPosition("x"), y: before.renderedPosition("y") - (before.height() / 2) * cy.zoom() } : null;
+    const at =
+      before && before.nonempty()
+        ? { x: before.renderedPosition("x"), y: before.renderedPosition("y") - (before.height() / 2) * cy.zoom() }
+        : null;
     draw();
     if (!at) return;
     const now = cy.getElementById(anchor.key);
     if (now.empty()) return;
-    cy.panBy({ x: at.x - now.renderedPosition("x"), y: at.y - now.renderedPosition("y") + (now.height() / 2) * cy.zoom() });
+    cy.panBy({
+      x: at.x - now.renderedPosition("x"),
+      y: at.y - now.renderedPosition("y") + (now.height() / 2) * cy.zoom(),
+    });
   }
 
   function toggle(box) {
@@ -128,7 +246,9 @@ const Graph = (() => {
   }
 
   function setHidden(roles, hidden) {
-    for (const role of roles) if (hidden) model.hidden.add(role); else model.hidden.delete(role);
+    for (const role of roles)
+      if (hidden) model.hidden.add(role);
+      else model.hidden.delete(role);
     Layout.connect(model);
     redraw(null);
   }
@@ -153,7 +273,10 @@ const Graph = (() => {
     cy.stop();
     if (item.isBox && item.expanded && (item.w * zoom > cy.width() || item.h * zoom > cy.height())) {
       cy.fit(node, 30);
-      if (cy.zoom() < 0.5) { cy.zoom(0.5); cy.center(node); }
+      if (cy.zoom() < 0.5) {
+        cy.zoom(0.5);
+        cy.center(node);
+      }
       return;
     }
     cy.zoom(Math.min(zoom, 1.4));
@@ -163,8 +286,12 @@ const Graph = (() => {
   // All of it; the layout knows its size, which the library would have to measure.
   function fit(least = 0) {
     cy.resize();
-    const { w, h } = model.root.made, top = 30, edge = 24, below = 40; // the legend stands below
-    const wide = cy.width() - 2 * edge, high = cy.height() - 2 * edge - below;
+    const { w, h } = model.root.made,
+      top = 30,
+      edge = 24,
+      below = 40; // the legend stands below
+    const wide = cy.width() - 2 * edge,
+      high = cy.height() - 2 * edge - below;
     const whole = Math.min(wide / w, high / (h - top), 1.2);
     const zoom = Math.max(whole, Math.min(least, 1));
     const y = zoom > whole ? edge - zoom * top : edge + (high - zoom * (h + top)) / 2;
@@ -174,11 +301,23 @@ const Graph = (() => {
   // All of it where that is legible, else its beginning.
   const view = () => fit(0.8);
 
-  const zoomBy = (factor) => cy.zoom({ level: cy.zoom() * factor, renderedPosition: { x: cy.width() / 2, y: cy.height() / 2 } });
+  const zoomBy = (factor) =>
+    cy.zoom({ level: cy.zoom() * factor, renderedPosition: { x: cy.width() / 2, y: cy.height() / 2 } });
 
   return {
-    start, toggle, setAll, setHidden, mark, show, view, zoomBy,
-    fit: () => fit(), restyle: () => cy.style(style()), resize: () => cy.resize(), shown: () => cy.nodes().length,
-    position: (item) => cy.getElementById(item.key).renderedPosition(), core: () => cy,
+    start,
+    toggle,
+    setAll,
+    setHidden,
+    mark,
+    show,
+    view,
+    zoomBy,
+    fit: () => fit(),
+    restyle: () => cy.style(style()),
+    resize: () => cy.resize(),
+    shown: () => cy.nodes().length,
+    position: (item) => cy.getElementById(item.key).renderedPosition(),
+    core: () => cy,
   };
 })();

@@ -9,19 +9,36 @@ const Model = (() => {
     boxes.forEach((box) => attach(box, box.data.parent == null ? null : boxes[box.data.parent]));
     nodes.forEach((node) => attach(node, boxes[node.data.box]));
     const model = {
-      data, boxes, nodes, root: boxes[0],
+      data,
+      boxes,
+      nodes,
+      root: boxes[0],
       edges: data.edges.map(([a, b]) => [nodes[a], nodes[b]]),
       hidden: new Set(["number", "constant"]),
       byKey: new Map([...boxes, ...nodes].map((each) => [each.key, each])),
     };
     inOrder(nodes, boxes);
-    for (const [a, b] of model.edges) { a.outputs.push(b); b.inputs.push(a); }
+    for (const [a, b] of model.edges) {
+      a.outputs.push(b);
+      b.inputs.push(a);
+    }
     sum(model);
     return model;
   }
 
   function item(key, data, isBox) {
-    return { key, data, isBox, parent: null, children: [], expanded: false, inputs: [], outputs: [], rows: [], floats: [] };
+    return {
+      key,
+      data,
+      isBox,
+      parent: null,
+      children: [],
+      expanded: false,
+      inputs: [],
+      outputs: [],
+      rows: [],
+      floats: [],
+    };
   }
 
   function attach(child, parent) {
@@ -36,7 +53,8 @@ const Model = (() => {
       node.order = i;
       for (let box = node.parent; box && box.order == null; box = box.parent) box.order = i;
     });
-    for (const box of boxes) box.children.sort((a, b) => (a.order ?? Infinity) - (b.order ?? Infinity) || a.depth - b.depth);
+    for (const box of boxes)
+      box.children.sort((a, b) => (a.order ?? Infinity) - (b.order ?? Infinity) || a.depth - b.depth);
   }
 
   function sum(model) {
@@ -47,7 +65,17 @@ const Model = (() => {
   }
 
   function total(box) {
-    const sums = { before: 0, after: 0, weights: 0, quantized: 0, bits: 0, nominal: 0, error: null, layers: 0, nodes: 0 };
+    const sums = {
+      before: 0,
+      after: 0,
+      weights: 0,
+      quantized: 0,
+      bits: 0,
+      nominal: 0,
+      error: null,
+      layers: 0,
+      nodes: 0,
+    };
     for (const row of box.rows) {
       const numel = row.shape.reduce((a, b) => a * b, 1);
       sums.before += row.bytes_before;
@@ -62,10 +90,17 @@ const Model = (() => {
       }
       if (row.error_db != null) sums.error = Math.min(sums.error ?? Infinity, row.error_db);
     }
-    for (const float of box.floats) { sums.before += float.bytes; sums.after += float.bytes; }
+    for (const float of box.floats) {
+      sums.before += float.bytes;
+      sums.after += float.bytes;
+    }
     for (const child of box.children) {
-      if (!child.isBox) { sums.nodes += 1; continue; }
-      for (const name of ["before", "after", "weights", "quantized", "bits", "nominal", "layers", "nodes"]) sums[name] += child.total[name];
+      if (!child.isBox) {
+        sums.nodes += 1;
+        continue;
+      }
+      for (const name of ["before", "after", "weights", "quantized", "bits", "nominal", "layers", "nodes"])
+        sums[name] += child.total[name];
       if (child.total.error != null) sums.error = Math.min(sums.error ?? Infinity, child.total.error);
     }
     return sums;
@@ -111,7 +146,9 @@ const Model = (() => {
     while (level.length) {
       const more = level.reduce((all, box) => all + shownChildren(model, box).length, 0);
       if (count + more > most) return;
-      level.forEach((box) => { box.expanded = box.children.length > 0; });
+      level.forEach((box) => {
+        box.expanded = box.children.length > 0;
+      });
       count += more;
       level = level.flatMap((box) => box.children.filter((child) => child.isBox));
     }
@@ -126,7 +163,8 @@ const Model = (() => {
       each.text = each.text ?? words_of(each);
       if (words.every((word) => each.text.includes(word))) found.push(each);
     }
-    const rank = (each) => (name(each).toLowerCase() === words[0] ? 0 : name(each).toLowerCase().startsWith(words[0]) ? 1 : 2);
+    const rank = (each) =>
+      name(each).toLowerCase() === words[0] ? 0 : name(each).toLowerCase().startsWith(words[0]) ? 1 : 2;
     found.sort((a, b) => rank(a) - rank(b));
     return most ? found.slice(0, most) : found;
   }
@@ -134,8 +172,21 @@ const Model = (() => {
   function words_of(item) {
     const data = item.data;
     const specs = item.rows.flatMap((row) => [row.spec, row.site, row.weight ? `${row.weight.bits}-bit` : "float"]);
-    return [data.id, data.label, data.name, data.path, data.kind, data.spec, data.role, data.target, (data.shape || []).join("x"), ...specs]
-      .filter(Boolean).join(" ").toLowerCase();
+    return [
+      data.id,
+      data.label,
+      data.name,
+      data.path,
+      data.kind,
+      data.spec,
+      data.role,
+      data.target,
+      (data.shape || []).join("x"),
+      ...specs,
+    ]
+      .filter(Boolean)
+      .join(" ")
+      .toLowerCase();
   }
 
   return { read, bitsOf, isHidden, shownChildren, name, shown, reveal, openSome, find };

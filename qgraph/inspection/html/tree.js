@@ -18,15 +18,40 @@ const Tree = (() => {
     const bits = Model.bitsOf(item);
     const size = item.isBox ? item.total.after : 0;
     const share = model.root.total.after ? size / model.root.total.after : 0;
-    const line = element("div", { class: `row ${item.isBox ? "box" : item.data.role}`, role: "treeitem", tabindex: item === model.root ? "0" : "-1", "data-key": item.key,
-      "aria-expanded": item.isBox && item.children.length ? "false" : null, css: { "--depth": depth },
-      on: { click: (event) => clicked(event, item), dblclick: () => item.isBox && open(item, !isOpen(item)) } },
-    element("span", { class: "arrow", "aria-hidden": "true" }, item.isBox && item.children.length ? "▸" : ""),
-    element("span", { class: "dot", css: { background: bits == null ? "transparent" : Format.bits(bits) }, title: Format.bitsText(bits) }),
-    element("span", { class: "name" }, Model.name(item) || "model"),
-    element("span", { class: "kind" }, item.isBox ? item.data.kind || "" : (item.data.shape || []).join("×")),
-    size ? element("span", { class: "size" }, Format.bytes(size), element("i", { css: { width: `${Math.max(2, 100 * share)}%` } })) : null);
-    const made = element("div", { class: "branch", role: "none" }, line, element("div", { class: "leaves", role: "group", hidden: true }));
+    const line = element(
+      "div",
+      {
+        class: `row ${item.isBox ? "box" : item.data.role}`,
+        role: "treeitem",
+        tabindex: item === model.root ? "0" : "-1",
+        "data-key": item.key,
+        "aria-expanded": item.isBox && item.children.length ? "false" : null,
+        css: { "--depth": depth },
+        on: { click: (event) => clicked(event, item), dblclick: () => item.isBox && open(item, !isOpen(item)) },
+      },
+      element("span", { class: "arrow", "aria-hidden": "true" }, item.isBox && item.children.length ? "▸" : ""),
+      element("span", {
+        class: "dot",
+        css: { background: bits == null ? "transparent" : Format.bits(bits) },
+        title: Format.bitsText(bits),
+      }),
+      element("span", { class: "name" }, Model.name(item) || "model"),
+      element("span", { class: "kind" }, item.isBox ? item.data.kind || "" : (item.data.shape || []).join("×")),
+      size
+        ? element(
+            "span",
+            { class: "size" },
+            Format.bytes(size),
+            element("i", { css: { width: `${Math.max(2, 100 * share)}%` } }),
+          )
+        : null,
+    );
+    const made = element(
+      "div",
+      { class: "branch", role: "none" },
+      line,
+      element("div", { class: "leaves", role: "group", hidden: true }),
+    );
     rows.set(item.key, { line, leaves: made.lastChild, depth });
     return made;
   }
@@ -37,7 +62,11 @@ const Tree = (() => {
     const own = rows.get(item.key);
     if (!own || !item.children.length) return;
     if (yes && !own.leaves.childElementCount) {
-      own.leaves.append(...item.children.filter((child) => child.isBox || !Model.isHidden(model, child)).map((child) => row(child, own.depth + 1)));
+      own.leaves.append(
+        ...item.children
+          .filter((child) => child.isBox || !Model.isHidden(model, child))
+          .map((child) => row(child, own.depth + 1)),
+      );
     }
     own.leaves.hidden = !yes;
     own.line.setAttribute("aria-expanded", String(yes));
