@@ -7,6 +7,7 @@ from qgraph.caching import cached_bytes, clear_cache, set_cache_limit
 from qgraph.calibrate import calibrate
 from qgraph.checkpoint import load, save
 from qgraph.config import QConfig, QuantSpec, Rule, SparsitySpec
+from qgraph.distillation import Distilled, distill
 from qgraph.errors import (
     CalibrationError,
     CaptureError,
@@ -17,10 +18,11 @@ from qgraph.errors import (
     PassError,
     QGraphError,
 )
-from qgraph.inspection import Inspection, inspect
 from qgraph.freeze import freeze
+from qgraph.inspection import Inspection, inspect
 from qgraph.pipeline import Pass, PassContext, PassResult, Pipeline
 from qgraph.prepare import disabled, prepare, set_enabled
+from qgraph.schedules import FreezeMasks, ProgressiveBits, QuantizationStart, Schedule, SparsityRamp
 from qgraph.version import __version__
 
 if TYPE_CHECKING:
@@ -37,8 +39,10 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "Distilled",
     "ExportError",
     "ExportReport",
+    "FreezeMasks",
     "InspectError",
     "Inspection",
     "ModelComparison",
@@ -47,11 +51,15 @@ __all__ = [
     "PassError",
     "PassResult",
     "Pipeline",
+    "ProgressiveBits",
     "QConfig",
     "QGraphError",
     "QuantSpec",
+    "QuantizationStart",
     "Rule",
+    "Schedule",
     "SensitivityReport",
+    "SparsityRamp",
     "SparsitySpec",
     "__version__",
     "cached_bytes",
@@ -59,8 +67,10 @@ __all__ = [
     "clear_cache",
     "compare",
     "disabled",
+    "distill",
     "explore",
     "export",
+    "freeze",
     "inspect",
     "load",
     "prepare",
@@ -70,7 +80,6 @@ __all__ = [
     "set_enabled",
     "unpack",
     "verify",
-    "freeze",
 ]
 
 # These bring onnx and onnxruntime, or rich: imported when first asked for.

@@ -114,7 +114,8 @@ class FrozenSparsifier(AlwaysOn, Sparsifier):
             run.emitted.add(self.site)
             return torch.ops.qgraph.weight(self.values, self.site)
         if run.collected is not None:
-            run.collected.sparsity[self.site] = self.sparsity
+            if self.sparsity is not None:
+                run.collected.sparsity[self.site] = self.sparsity
             if self.values is not None:
                 run.collected.weights[self.site] = Quantized(
                     None, None, None, self.groups, None, True, self.values.float()

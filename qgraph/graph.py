@@ -41,6 +41,7 @@ class Shared:
     seconds: dict[str, float] = field(default_factory=dict)  # by pass, over all graphs
     dump: Any = None  # the Dump that graphs are written to, if any
     varying: tuple[str, ...] = ()  # paths of modules that have returned a tensor and something else
+    settings: dict[str, Any] = field(default_factory=dict)  # what schedules set now, also of quantizers made later
     off: list[str | None] = field(default_factory=list)  # globs of the sites that `disabled` holds off now; None: all
 
     def is_off(self, site: str) -> bool:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from qgraph.config import QuantSpec, SparsitySpec
 from qgraph.errors import CaptureError
-from qgraph.ops import Groups, Quantized, fake_quantize, initial_step, quantize, sparsify
+from qgraph.ops import Groups, Quantized, fake_quantize, initial_step, quantize, sparsify, sparsity_mask
 from qgraph.ops.memo import Memo
+from qgraph.ops.sharded import whole
+from qgraph.ops.sparsity import apply_mask
 from qgraph.ops.sr_ste import SparseRefined
 from qgraph.ops.static import FixedScale
 from qgraph.ranges import RunningRange
@@ -126,12 +128,12 @@ def exports_python() -> bool:
     return _run.python
 
 
-_enabled = operator.attrgetter("enabled")
-
 def run_state() -> _Run:
     """How quantizers behave now."""
     return _run
 
+
+_enabled = operator.attrgetter("enabled")
 
 
 class Quantizer(nn.Module):
@@ -148,6 +150,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, spec: QuantSpec, groups: Groups, site: str) -> None:
         super().__init__()
+        self.planned = spec  # as the config says; a schedule may let `spec` be another for a while
         self.spec = spec
         self.groups = groups
         self.site = site
@@ -188,6 +191,8 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor, dense: Tensor | None = None) -> Tensor:
         if not self.enabled:
             return weight
+        if dense is weight:  # the sparsifier is off
+            dense = None
         if _run.exporting:
             _run.emitted.add(self.site)
             return torch.ops.qgraph.weight(weight if dense is None else dense, self.site)
@@ -248,31 +253,34 @@ class ActivationQuantizer(Quantizer):
 class Sparsifier(nn.Module):
     """Prune one weight operand; the gradient passes to every weight, so a pruned one can come back.
 
-    `alone` says that no quantizer follows, so that this module stands for the operand in an export.
+    `alone` says that no quantizer follows, so that this module stands for the operand in an export. A schedule may set
+    `sparsity` to None for a while, which prunes nothing, and `frozen`: the mask of the next call then stays.
     Source: arXiv 2409.09245, forward step 0.
     """
 
-    def __init__(self, sparsity: SparsitySpec, groups: Groups, site: str, alone: bool = False) -> None:
+    mask: Tensor | None
+
+    def __init__(self, sparsity: SparsitySpec | None, groups: Groups, site: str, alone: bool = False) -> None:
         super().__init__()
+        self.planned = sparsity
         self.sparsity = sparsity
         self.groups = groups
         self.site = site
         self.alone = alone
         self.enabled = True
+        self.frozen = False
         self.memo = Memo()
+        self.register_buffer("mask", None, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not self.enabled:
+        if not self.enabled or self.sparsity is None:
             return weight
         if _run.exporting:
             if not self.alone:
                 return weight
             _run.emitted.add(self.site)
             return torch.ops.qgraph.weight(weight, self.site)
-        known = None
-        if not torch.compiler.is_compiling():
-            known = self.memo.pruned(weight, self.sparsity, self.groups)
-        pruned = sparsify(weight, self.sparsity, self.groups) if known is None else known
+        pruned = self._pruned(weight, self.sparsity)
         if self.sparsity.decay and torch.is_grad_enabled():
             pruned = SparseRefined.apply(pruned, weight, self.sparsity.decay)
         if _run.collected is not None:
@@ -281,8 +289,16 @@ class Sparsifier(nn.Module):
                 _run.collected.weights[self.site] = quantize(pruned.detach(), None, self.groups, dense=weight)
         return pruned
 
+    def _pruned(self, weight: Tensor, sparsity: SparsitySpec) -> Tensor:
+        if self.frozen:
+            if self.mask is None:
+                self.mask = sparsity_mask(whole(weight.detach()), sparsity, self.groups)
+            return apply_mask(weight, self.mask)
+        known = None if torch.compiler.is_compiling() else self.memo.pruned(weight, sparsity, self.groups)
+        return sparsify(weight, sparsity, self.groups) if known is None else known
+
     def extra_repr(self) -> str:
-        state = "" if self.enabled else ", disabled"
+        state = ("" if self.enabled else ", disabled") + (", frozen" if self.frozen else "")
         return f"{self.site!r}, {self.sparsity}{state}"
 
 

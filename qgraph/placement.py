@@ -72,7 +72,7 @@ class Owner:
                 f"{placed.key}.sparsifier",
                 f"{placed.site}:sparsifier",
                 lambda: Sparsifier(sparsity, groups, placed.site, alone),
-                lambda m: m.sparsity == sparsity,
+                lambda m: m.planned == sparsity,
             )
             sparsifier = found
         if config.weight is not None:
@@ -84,7 +84,7 @@ class Owner:
                     made.initialize_step(example())
                 return made
 
-            quantizer = self._get(placed.key, placed.site, make, lambda m: (m.spec, m.groups) == (spec, groups))
+            quantizer = self._get(placed.key, placed.site, make, lambda m: (m.planned, m.groups) == (spec, groups))
         return sparsifier, quantizer
 
     def activation(self, placed: Placed, call: SiteCall) -> ActivationQuantizer | None:
@@ -97,7 +97,7 @@ class Owner:
             placed.key,
             placed.site,
             lambda: ActivationQuantizer(spec, groups, placed.site),
-            lambda m: (m.spec, m.groups) == (spec, groups),
+            lambda m: (m.planned, m.groups) == (spec, groups),
         )
 
     def _get(self, key: str, site: str, make: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
@@ -120,6 +120,8 @@ class Owner:
             if found is None or not fits(found):
                 found = make()
                 found.enabled = not self.shared.is_off(found.site)
+                for setting in self.shared.settings.values():
+                    setting.apply(found)
                 self.shared.quantizers.setdefault(site, found)
             container[name] = found
             return found

@@ -38,6 +38,13 @@ def sparsify(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
     return _Sparsify.apply(w, sparsity, groups)
 
 
+def apply_mask(w: Tensor, mask: Tensor) -> Tensor:
+    """`sparsify` with a given mask, a bool tensor of the shape of the whole `w`; the gradient is the identity."""
+    if is_sharded(w):
+        return on_whole(lambda t: apply_mask(t, mask), w)
+    return _Masked.apply(w, mask)
+
+
 @torch.no_grad()
 def sparsity_mask(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
     """Which values stay, a bool tensor of the shape of `w`.
@@ -87,6 +94,20 @@ class _Sparsify(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0], None, None
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(w: Tensor, mask: Tensor) -> Tensor:
+        return w * mask.to(w.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def _compiled(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor | None:
