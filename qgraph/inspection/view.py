@@ -66,7 +66,7 @@ def view(inspection: Inspection) -> dict[str, Any]:
     data = inspection.to_dict()
     nodes = [_node(name, network, box_of[name], rows, inspection.layers, roles[name]) for name in network]
     homes = _homes(tree, network, number, box_of)
-    _attach(data, inspection, homes)
+    _attach(data, inspection, {**box_of, **homes} if inspection.kind == "onnx" else homes)  # there a weight is a node
     code, codes = _codes(inspection)
     kinds = _kinds(inspection)
     opaque = {module.path: module for module in inspection.coverage.opaque}
@@ -131,7 +131,7 @@ def _attach(data: dict[str, Any], inspection: Inspection, homes: dict[str, int])
         found = spread.get(layer.name)
         row["histogram"] = found.to_dict() if found is not None and layer.tied_to is None else None
     for row in data["floats"]:
-        row["box"] = homes.get(row["name"].rpartition(".")[0], 0)
+        row["box"] = homes.get(row["name"], homes.get(row["name"].rpartition(".")[0], 0))
 
 
 def _histograms(inspection: Inspection) -> dict[str, Any]:

@@ -177,4 +177,5 @@ def test_a_file_of_others(tmp_path):
         "Relu": "block",
         "y": "",
     }
-    assert sum(data["layers"][0]["histogram"]["before"]) == 32
+    (row,) = data["layers"]
+    assert sum(row["histogram"]["before"]) == 32 and data["boxes"][row["box"]]["path"] == "block.fc"

@@ -126,7 +126,7 @@ const Graph = (() => {
           "edge-distances": "endpoints",
         },
       },
-      { selector: "edge.side", style: { "line-style": "dotted", opacity: 0.75 } },
+      { selector: "edge.side", style: { "line-style": "dotted", opacity: 0.75, width: 1.2 } },
       {
         selector: "edge.near",
         style: { "line-color": accent, "target-arrow-color": accent, width: 2.4, opacity: 1, "z-index": 501 },
@@ -143,6 +143,7 @@ const Graph = (() => {
           "underlay-padding": 7,
         },
       },
+      { selector: "node.open", style: { "underlay-opacity": 0 } },
     ];
   }
 
@@ -174,7 +175,7 @@ const Graph = (() => {
       label,
       w: item.w,
       h: item.h,
-      tint: Format.bits(bits),
+      tint: item.isBox && bits == null ? css("--card") : Format.bits(bits),
       z: item.depth * 10 + (open ? 0 : 1000),
     };
     if (open) values.mx = -(item.w - Layout.textWidth(label, "12px") - 28) / 2;
