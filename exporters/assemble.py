@@ -32,7 +32,7 @@ def assemble(
     layers += _activation_layers(lowered, collected)
     leftovers = _leftovers(model, file, lowered, set(own))
     records = [record for record in lowered.weights.values() if record.shared_with is None]
-    packed_bytes = sum(record.packed.nbytes for record in records)
+    packed_bytes = sum(record.nbytes for record in records)
     count = sum(record.packed.numel for record in records)
     return ExportReport(
         config=_config(model),
@@ -61,6 +61,7 @@ def describe(report: ExportReport, *, file_bytes: int, verified: Verified | None
         max_difference=verified.max_difference,
         flips=verified.flips,
         verified=tuple(verified.runs),
+        notes=(*report.notes, *verified.notes),
     )
 
 
@@ -85,8 +86,8 @@ def _weight_layer(record: WeightRecord, lowered: Lowered, collected: Collected) 
         spec=packed.spec,
         groups=groups_text(packed.groups),
         axis=packed.groups.axis,
-        format=packed.format,
-        bytes=0 if record.shared_with else packed.nbytes,
+        format=record.format,
+        bytes=0 if record.shared_with else record.nbytes,
         form="; ".join(dict.fromkeys(record.forms)) or "not used",
         activation=activation,
         sparsity=None if sparsity is None else str(sparsity),

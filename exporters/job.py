@@ -19,7 +19,7 @@ from qgraph.exporters.trace import DEFAULT_OPSET, MINIMUM_OPSET
 from qgraph.graph import STATE
 from qgraph.modules import Collected, Quantizer, Sparsifier, collecting
 
-TARGETS = ("standard", "ort")
+TARGETS = ("standard", "ort", "qdq")
 Say = Callable[[str], None]
 
 

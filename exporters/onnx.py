@@ -20,6 +20,7 @@ from qgraph.errors import ExportError
 from qgraph.exporters.assemble import assemble, describe
 from qgraph.exporters.job import Job, Say, check_arguments, prepare_job
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
+from qgraph.exporters.lowering.qdq import FOUR_BITS, TWO_BITS, TWO_BITS_IR
 from qgraph.exporters.naming import (
     drop_defaults,
     merge_reshapes,
@@ -35,7 +36,7 @@ from qgraph.exporters.report import ExportReport, metadata
 from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
 from qgraph.exporters.signature import run_eagerly
 from qgraph.exporters.trace import DEFAULT_OPSET, Traced, explain, is_data_dependent, trace
-from qgraph.exporters.verify import Example, Verified, Verifier, WrongFile, check
+from qgraph.exporters.verify import QDQ_AS_WRITTEN, Example, Verified, Verifier, WrongFile, check
 from qgraph.exporters.write import move_into_place, save, workspace
 from qgraph.graph import unwrapped
 from qgraph.version import __version__
@@ -47,7 +48,7 @@ def export(
     example_inputs: Any,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    target: Literal["standard", "ort"] = "ort",
+    target: Literal["standard", "ort", "qdq"] = "ort",
     dynamic_shapes: Any = None,
     opset: int | None = None,
     verify: bool = True,
@@ -66,13 +67,15 @@ def export(
         Positional arguments of the model; dicts, sequences and dataclasses become named tensor inputs.
     example_kwargs : mapping, optional
         Keyword arguments.
-    target : {"ort", "standard"}
-        "ort" uses com.microsoft operators where they are faithful; "standard" core operators alone.
+    target : {"ort", "standard", "qdq"}
+        "ort" uses com.microsoft operators where they are faithful; "standard" core operators alone; "qdq" keeps weights
+        as int4 or int8 behind DequantizeLinear and static activations as QuantizeLinear and DequantizeLinear, for
+        toolchains that fuse those. What these two cannot express is written in other core operators.
     dynamic_shapes : optional
         As `torch.export.export` takes it; ``{}`` for none. Left out, batch and sequence are made dynamic
         where the model allows, and the report says which.
     opset : int, optional
-        At least 18.
+        At least 18; "qdq" takes 21 by itself, which has int4 and blocks, and int2 from 25 on.
     verify : bool
         Run the file in onnxruntime, with and without its optimizer, and compare with the model.
     progress : bool
@@ -91,7 +94,8 @@ def export(
     path, prepared = Path(path), unwrapped(prepared)
     check_arguments(prepared, target, opset)
     with workspace(path) as folder, _teller(progress) as say:
-        job = prepare_job(prepared, example_inputs, example_kwargs, opset or DEFAULT_OPSET, target, say)
+        opset = opset or (FOUR_BITS if target == "qdq" else DEFAULT_OPSET)
+        job = prepare_job(prepared, example_inputs, example_kwargs, opset, target, say)
         say("looking for dynamic sizes")
         plans = _plans(job, dynamic_shapes)
         built = _first_that_works(job, plans, folder, path, verify, given=dynamic_shapes is not None)
@@ -268,6 +272,8 @@ def _lost_sites(job: Job, lost: Sequence[str]) -> ExportError:
 
 
 def _stamp(model: ir.Model, report: ExportReport) -> None:
+    if model.graph.opset_imports.get("", 0) >= TWO_BITS:
+        model.ir_version = max(model.ir_version or 0, TWO_BITS_IR)
     model.producer_name = "qgraph"
     model.producer_version = __version__
     model.doc_string = None
@@ -298,6 +304,7 @@ def _verify(
         {path: value for path, value in layers.items() if path in weighted},
         job.say,
         rounding_kernels=job.float_kernels and job.target == "ort",
+        settings=QDQ_AS_WRITTEN if job.target == "qdq" else {},
     )
     return verifier.run(examples)
 

@@ -216,9 +216,13 @@ class _Layer:
             self.found.note(self.path, difference, "its output")
 
 
-def session_of(model: bytes | Path, optimize: bool = True) -> ort.InferenceSession:
-    """A quiet CPU session, with every graph optimization or with none."""
+def session_of(
+    model: bytes | Path, optimize: bool = True, settings: Mapping[str, str] | None = None
+) -> ort.InferenceSession:
+    """A quiet CPU session, with every graph optimization or with none, and with settings of its own."""
     options = ort.SessionOptions()
+    for key, value in (settings or {}).items():
+        options.add_session_config_entry(key, value)
     options.log_severity_level = 4
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL

@@ -13,7 +13,8 @@ import onnx
 
 from qgraph.config import QuantSpec
 from qgraph.errors import InspectError
-from qgraph.exporters.packing import PackedWeight, restore
+from qgraph.exporters.lowering import qdq
+from qgraph.exporters.packing import PackedWeight, pack, restore
 from qgraph.exporters.packing import unpack as unpack_weight
 from qgraph.exporters.report import PARTS, LayerReport, read_report
 from qgraph.ops.groups import GroupKind, Groups
@@ -101,7 +102,10 @@ def _packed(site: str, layer: LayerReport, arrays: Mapping[str, np.ndarray]) -> 
     own = {part: arrays[f"{site}.{part}"] for part in PARTS if f"{site}.{part}" in arrays}
     if math.prod(layer.shape) > 64 * sum(array.nbytes for array in own.values()):
         raise ValueError(f"found {sum(array.nbytes for array in own.values())} bytes for shape {layer.shape}")
-    return restore(layer.shape, _groups(layer), layer.spec, layer.sparsity is not None, layer.format, own)
+    sparse = layer.sparsity is not None
+    if layer.format == qdq.FORMAT:
+        return pack(qdq.read(layer.shape, _groups(layer), layer.spec, sparse, own))
+    return restore(layer.shape, _groups(layer), layer.spec, sparse, layer.format, own)
 
 
 def _groups(layer: LayerReport) -> Groups:

@@ -31,6 +31,9 @@ from qgraph.exporters.write import save
 from qgraph.modules import ActivationForm
 
 LEVELS = ((True, "ORT_ENABLE_ALL"), (False, "ORT_DISABLE_ALL"))
+# onnxruntime fuses DequantizeLinear with its neighbours into kernels that compute something else: MatMulNBits quantizes
+# float activations, uint8 x int8 products may saturate. With this setting it computes what the operators say.
+QDQ_AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 ROUNDING = 1e-3  # more than this is no rounding of float32 sums
 CHAIN = 0.5  # a run with flips may differ so much, of the largest output, if its every stretch is proven equal
 
@@ -52,6 +55,7 @@ class Verified:
     flips: int = 0
     differences: dict[str, float] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class WrongFile(ExportError):
@@ -97,6 +101,7 @@ class Verifier:
     layers: Mapping[str, ir.Value]
     progress: Callable[[str], None] = lambda text: None
     rounding_kernels: bool = False  # whether the file has products that round more than float32's own
+    settings: Mapping[str, str] = field(default_factory=dict)  # of the session, beyond onnxruntime's own
     _probe_saved: bool = False
 
     def run(self, examples: Sequence[Example]) -> Verified:
@@ -122,7 +127,19 @@ class Verifier:
             self.progress("comparing layer by layer")
             found = self._probe(examples[0], optimize=True)
             verified.differences = found.differences
+        if self.settings:
+            verified.notes.append(self._by_default(examples[0]))
         return verified
+
+    def _by_default(self, example: Example) -> str:
+        """What onnxruntime makes of the file without the settings."""
+        settings = ", ".join(f"{key}={value}" for key, value in self.settings.items())
+        try:
+            outputs = self._outputs(session_of(self.path), example, 0)
+        except Exception as error:  # onnxruntime's own classes derive from Exception alone
+            return f"checked with {settings}; onnxruntime's own fusions fail on it: {str(error).splitlines()[0]}"
+        difference = worst_difference(example.reference, outputs)
+        return f"checked with {settings}; fused as onnxruntime does by default it is {difference:.1e} from torch"
 
     def _explain(
         self,
@@ -175,7 +192,7 @@ class Verifier:
 
     def _session(self, path: Path, optimize: bool) -> ort.InferenceSession:
         try:
-            return session_of(path, optimize)
+            return session_of(path, optimize, self.settings)
         except Exception as error:
             raise WrongFile(
                 f"export: onnxruntime does not load the file: {error}; expected a model it runs; try "

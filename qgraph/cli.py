@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path, help="what qgraph.save wrote")
     export.add_argument("factory", help=FACTORY)
     export.add_argument("out", type=Path, help="the .onnx file to write")
-    export.add_argument("--target", choices=("ort", "standard"), default="ort", help="(%(default)s)")
+    export.add_argument("--target", choices=("ort", "standard", "qdq"), default="ort", help="(%(default)s)")
     export.add_argument("--opset", type=int)
     export.add_argument("--no-verify", action="store_true", help="do not run the file against the model")
     _takes_inputs(export)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qgraph.errors import ExportError
+from qgraph.exporters.lowering import qdq
 from qgraph.exporters.lowering.activation import lower_activation
 from qgraph.exporters.lowering.builder import GraphBuilder
 from qgraph.exporters.lowering.linear import (
@@ -24,7 +25,7 @@ from qgraph.exporters.lowering.linear import (
     emit_kernel,
     has_zero_points,
 )
-from qgraph.exporters.lowering.static import Statics
+from qgraph.exporters.lowering.static import TIE, Statics
 from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation_of, uses_of
 from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
 from qgraph.modules import ActivationForm, Collected
@@ -43,6 +44,11 @@ class WeightRecord:
     ops: list[str] = field(default_factory=list)
     forms: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    format: str = ""
+    nbytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.format, self.nbytes = self.packed.format, self.packed.nbytes
 
 
 @dataclass(slots=True)
@@ -86,7 +92,7 @@ def lower(
         With `qgraph::Weight` and `qgraph::Activation` nodes.
     collected : Collected
         What each site deploys.
-    target : {"standard", "ort"}
+    target : {"standard", "ort", "qdq"}
     follow : dict of values, optional
         Kept up to date, in place, where one of its values is replaced by another.
     float_kernels : bool
@@ -115,8 +121,10 @@ class _Lowering:
         self.records: dict[str, WeightRecord] = {}
         self.activations: list[ActivationRecord] = []
         self.floats: dict[str, ir.Value] = {}
+        self.texts: dict[str, str] = {}
         self.sums: dict[tuple[int, int | None], ir.Value] = {}
         self.quantized: dict[tuple[int, str], ir.Value] = {}
+        self.pairs: dict[tuple[int, str], tuple[ir.Value, ir.Value, int]] = {}
         self.by_content: dict[bytes, str] = {}
         self.gathered: set[bytes] = set()
         self.statics = Statics(self)
@@ -124,7 +132,8 @@ class _Lowering:
     def run(self) -> Lowered:
         self._find_gathered()
         weights = [node for node in self.graph if node.domain == DOMAIN and node.op_type == "Weight"]
-        self.statics.emit_chains()
+        if self.target != "qdq":
+            self.statics.emit_chains()
         for node in weights:
             self._weight(node)
         for node in list(self.graph):
@@ -197,15 +206,26 @@ class _Lowering:
         name = record.shared_with or record.site
         if name not in self.floats:
             with self.b.before(node):
-                self.floats[name] = emit_float(self.b, record.packed, name)
+                self.floats[name], self.texts[name] = self._emit_weight(record, name)
             self.floats[name].shape = out.shape
         value = self.floats[name]
         if out.dtype not in (None, ir.DataType.FLOAT):
             with self.b.before(node):
                 value = self.b.cast(value, out.dtype, name=f"{name}/cast")
         record.ops += consumers
-        record.forms.append(f"unpacked {record.packed.format}")
+        record.forms.append(self.texts[name])
         self.replace(out, value)
+
+    def _emit_weight(self, record: WeightRecord, name: str) -> tuple[ir.Value, str]:
+        """The float weight, and how it is stored."""
+        if self.target != "qdq":
+            return emit_float(self.b, record.packed, name), f"unpacked {record.packed.format}"
+        emitted = qdq.emit_weight(self.b, record.packed, name)
+        record.notes += emitted.notes
+        for each in self.records.values():
+            if name in (each.site, each.shared_with):
+                each.format, each.nbytes = qdq.FORMAT, emitted.nbytes
+        return emitted.value, emitted.form
 
     # activations
 
@@ -217,7 +237,9 @@ class _Lowering:
             return
         form = self._form(site)
         if form.fixed is not None:
-            self.replace(out, self.statics.float_of(node))
+            self.replace(
+                out, self.statics.float_of(node) if self.target != "qdq" else self._quantize_dequantize(node, form)
+            )
             return
         key = (id(x), repr((form.spec, form.groups, None if form.step is None else form.step.tolist())))
         if key not in self.quantized:
@@ -226,6 +248,18 @@ class _Lowering:
         y = self.quantized[key]
         self.activations.append(ActivationRecord(site, x, y))
         self.replace(out, y)
+
+    def _quantize_dequantize(self, node: ir.Node, form: ActivationForm) -> ir.Value:
+        """QuantizeLinear and DequantizeLinear, one pair for a tensor."""
+        x, site = node.inputs[0], _site(node)
+        assert x is not None and form.fixed is not None
+        key = (id(x), repr((form.spec, form.fixed)))
+        if key not in self.pairs:
+            with self.b.before(node):
+                self.pairs[key] = qdq.emit_activation(self.b, x, form, site)
+        y, codes, zero = self.pairs[key]
+        self.activations.append(ActivationRecord(site, x, codes, form.fixed.scale, zero, TIE))
+        return y
 
     def _form(self, site: str) -> ActivationForm:
         form = self.collected.activations.get(site)
@@ -297,6 +331,8 @@ class _Lowering:
 
     def integer(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
         """A product in integers, of a static activation."""
+        if self.target == "qdq":
+            return None
         return self.statics.product(use, record) or self.statics.convolution(use, record)
 
     def _sums(self, x: ir.Value, packed: PackedWeight, inputs: int, name: str) -> ir.Value | None:
