@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qgraph.frozen import FrozenWeight
 from qgraph.graph import SiteRecord
 from qgraph.inspection.prepared import site_values
 from qgraph.ops import Groups, quantize, sparsify
@@ -75,13 +76,20 @@ def model_histograms(model: nn.Module) -> dict[str, Histogram]:
 
 
 def prepared_histograms(model: nn.Module) -> dict[str, Histogram]:
-    """Weight name -> its histogram, for every weight of a prepared model whose values are known."""
+    """Weight name -> its histogram, for every weight of a prepared or frozen model whose values are known."""
     found: dict[str, Histogram] = {}
     for record, value in site_values(model):
         if record.name not in found or (record.reason is None and found[record.name].after is None):
             made = _of_record(record, value)
             if made is not None:
                 found[record.name] = made
+    for module in model.modules():
+        if isinstance(module, FrozenWeight):
+            form = module.quantized()
+            levels = _levels(module.spec, form.scale, form.zero_point) if form.scale is not None else ()
+            made = histogram(None, form.dequantize(), levels)
+            if made is not None:
+                found.setdefault(module.site, made)
     return found
 
 

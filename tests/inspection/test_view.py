@@ -23,6 +23,10 @@ def prepared(name, config="A8W4"):
     return qgraph.prepare(case.make(), config, case.inputs(0))
 
 
+def frozen(name):
+    return qgraph.freeze(prepared(name))
+
+
 def path_of(data, node):
     return data["boxes"][node["box"]]["path"]
 
@@ -60,6 +64,12 @@ def test_histograms_count_every_value_and_levels_are_where_the_values_lie():
     ]
     tied = next(row for row in data["layers"] if row["tied_to"])
     assert tied["histogram"] is None
+
+
+def test_a_frozen_weight_has_values_after_alone():
+    before, after = (view(qgraph.inspect(m))["layers"][0]["histogram"] for m in (prepared("twice"), frozen("twice")))
+    assert after["before"] is None and after["levels"] == before["levels"]
+    assert sum(after["after"]) == sum(before["after"]) == 36
 
 
 def test_what_is_wide_has_no_levels_and_what_is_float_no_after():
