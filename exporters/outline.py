@@ -67,6 +67,8 @@ def outline(model: ir.Model, owned_by: Sequence[str], modules: Mapping[str, str]
         for chunk in chunks:  # read again: what it takes may be what the call before now computes
             call = _call(_chunk(chunk.path, chunk.graph, chunk.nodes), name)
             owner[call] = chunk.path
+    for value in model.graph.initializers.values():
+        value.shape = value.type = None  # the tensor says both
     for body in graphs[1:]:
         _shorten(body)
         if any(node.domain == DOMAIN for node in body):

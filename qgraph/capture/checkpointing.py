@@ -16,6 +16,8 @@ from qgraph.capture.patches import Patches
 
 _OPTIONS = 5  # of the generator, between the function and its arguments
 
+REENTRANT = "checkpoints activations (use_reentrant=True)"  # why a forward has no graph
+
 StopRecomputation = checkpoint._StopRecomputationError  # ends a run in backward as soon as it has what it needs
 
 _patches = Patches()

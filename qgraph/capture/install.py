@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import _pop_mode_temporarily
 
 from qgraph.capture.arguments import SELF
-from qgraph.capture.checkpointing import StopRecomputation
+from qgraph.capture.checkpointing import REENTRANT, StopRecomputation
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import Running, SiteMode, run_opaque, running_mode
 from qgraph.capture.session import active, capturing, current
@@ -193,8 +193,11 @@ def run_python(module: nn.Module, state: ModuleState, forward: Any, args: Any, k
         )
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return python_body(module, state, forward, args, kwargs, call)
-    if state.known_opaque(call, module.training) is not None and not state.python_sites and not _own_weights(module):
+    known = state.known_opaque(call, module.training)
+    if known is not None and not state.python_sites and not _own_weights(module):
         return forward(module, *args, **kwargs)
+    if known is not None and known.reason == REENTRANT:  # compiled, its second run in backward would be float
+        return _all_outside_graphs(module, state, forward, args, kwargs, call)
     return _outside_graphs(module, state, forward, args, kwargs, call)
 
 
@@ -230,6 +233,7 @@ def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, 
 
 # The public torch.compiler.disable imports the compiler at once, seconds of work that most imports of us never need.
 _outside_graphs = torch._compile._disable_dynamo(python_body, recursive=False)
+_all_outside_graphs = torch._compile._disable_dynamo(python_body)  # and what it calls
 
 
 def _run_graph(variant: Variant, module: nn.Module, values: tuple[Any, ...]) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from qgraph.capture.checkpointing import repeatable
+from qgraph.capture.checkpointing import REENTRANT, repeatable
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import quantized_again
 from qgraph.capture.patches import patched
@@ -136,7 +136,7 @@ class Session:
             return original(*args, **kwargs)
         plain_args, plain_kwargs = plain(args), plain(kwargs)
         if target.function is CheckpointFunction:  # runs the forward's own code
-            parent.fail("checkpoints activations (use_reentrant=True)")
+            parent.fail(REENTRANT)
             return original(*plain_args, **plain_kwargs)
         with parent.suspended(plain_args, plain_kwargs):
             versions = parent.values.versions(plain_args, plain_kwargs)

@@ -113,6 +113,19 @@ def test_a_checkpointed_forward_has_the_loss_and_gradients_of_a_plain_one(config
     assert all(map(same, found[reentrant], found[None]))
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_compiled_forward_with_reentrant_checkpoints_is_quantized_where_it_runs_again(config):
+    torch.manual_seed(0)
+    model = qgraph.prepare(Checkpointed(True), config, X).eval()
+    found = []
+    for forward in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        loss = forward(X).square().mean()
+        loss.backward()
+        found.append({"loss": loss.detach(), **gradients(model)})
+    assert same(*found)
+
+
 class Derived(nn.Module):
     """Two weights made of one parameter, one of them handed to a checkpointed function, in a forward that branches."""
 
