@@ -21,6 +21,7 @@ SparsityKind = Literal["n:m", "unstructured", "block"]
 TERNARY = 1.58
 MAX_BITS = 8
 MIN_STATIC_LINEAR_BITS = 3
+WINDOWED_BITS = 2  # up to so many the default scale of affine ddt is "windowed": docs/accuracy.md
 DEFAULT_LAM = 0.01  # the paper's ridge penalty, in integer units of the codes, for every bit width
 
 
@@ -44,11 +45,12 @@ class QuantSpec:
     method : "ddt", "ste", "lsq" or "seq"
         The denoising transform, straight-through rounding, a learned step size, or ParetoQ's learned range for at most
         2 bits.
-    scale : "minmax", "absmean" or "windowed"
+    scale : "minmax", "absmean" or "windowed", optional
         Where the scale comes from. "minmax" is the range of the group, as in the paper (linear levels within -1..1: the
         mean magnitude); "absmean" the mean magnitude, about the mean of the group if affine; "windowed" the same, and
         values further than half a step beyond the outer levels pass no gradient on through their codes. Method "ste"
-        learns through such a scale. A learned step has none: "minmax".
+        learns through such a scale. A learned step has none: "minmax". Left out it is "windowed" for affine levels of 1
+        and 2 bits by method "ddt", which trained better there (docs/accuracy.md), else "minmax".
     lam : float
         Ridge penalty of the denoising regression.
     range : "dynamic" or "static"
@@ -62,7 +64,7 @@ class QuantSpec:
     granularity: Granularity = "channel"
     group_size: int | None = None
     method: Method = "ddt"
-    scale: Scale = "minmax"
+    scale: Scale | None = None
     lam: float = DEFAULT_LAM
     range: Range = "dynamic"
 
@@ -73,6 +75,8 @@ class QuantSpec:
         _check_choice("scheme", self.scheme, Scheme)
         _check_choice("granularity", self.granularity, Granularity)
         _check_choice("method", self.method, Method)
+        if self.scale is None:
+            set_field(self, "scale", self._default_scale())
         _check_choice("scale", self.scale, Scale)
         _check_choice("range", self.range, Range)
         if self.bits == TERNARY and self.scheme == "affine":
@@ -122,6 +126,10 @@ class QuantSpec:
                 f"QuantSpec: range='static' with scheme='linear' takes {MIN_STATIC_LINEAR_BITS} to {MAX_BITS} bits, "
                 f"found {self.bits}: below, the scale is a mean and no range; take scheme='affine'."
             )
+
+    def _default_scale(self) -> Scale:
+        few = self.scheme == "affine" and self.bits <= WINDOWED_BITS
+        return "windowed" if few and self.method == "ddt" and self.range == "dynamic" else "minmax"
 
     @property
     def learns(self) -> bool:

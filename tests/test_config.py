@@ -69,6 +69,16 @@ RULES = st.builds(
 CONFIGS = st.builds(lambda config, rules: config.with_rules(*rules), plain_configs(), st.lists(RULES, max_size=3))
 
 
+def test_the_default_scale() -> None:
+    """Affine DDT levels of one and two bits are centred and windowed; all else has the scale of the paper."""
+    for text in ("A1W1", "A2W2@128"):
+        config = QConfig.parse(text)
+        assert config.weight.scale == config.activation.scale == "windowed"
+    others = [QConfig.parse("W1.58").weight, QConfig.parse("W1-2:4").weight, QConfig.parse("A3sW3").activation]
+    others += [QuantSpec(1, method=method) for method in ("ste", "lsq", "seq")] + [QConfig.parse("A1sW1").activation]
+    assert {spec.scale for spec in (*others, QuantSpec(1, scale="minmax"), QuantSpec(3))} == {"minmax"}
+
+
 @given(notations())
 def test_notation_round_trip(text: str) -> None:
     config = QConfig.parse(text)

@@ -91,7 +91,7 @@ def _flips(rows: Rows) -> str:
     flips = [r["flips"] for r in rows if r["flips"]]
     if not flips:
         return ""
-    places = [[f[i] for f in flips] for i in (0, len(flips[0]) // 2, -1)]
+    places = [[f[i] for f in flips] for i in (0, len(flips[0]) // 2 - 1, -2)]
     return " ".join(f"{100 * statistics.mean(p):.2g}" for p in places)
 
 

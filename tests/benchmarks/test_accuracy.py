@@ -74,7 +74,7 @@ def test_every_method_is_a_config_of_its_setting():
 
 
 def test_tables_order_by_loss_and_mark_divergence():
-    base = {"score": 0.5, "steps": 4, "flips": [0.1, 0.01], "curve": [2.0, 3.0]}
+    base = {"score": 0.5, "steps": 4, "flips": [0.1, 0.01, 0.001], "curve": [2.0, 3.0]}
     rows = [
         {**row(1e-2, 2.5), **base, "diverged": None},
         {**row(1e-2, 2.4), **base, "method": "ddt-windowed", "diverged": "worse than its best"},

@@ -132,7 +132,7 @@ def test_a_flip_on_a_tie_is_explained_and_one_off_a_tie_is_not():
 
 
 def test_a_ddt_flip_moves_its_whole_group_and_is_still_explained():
-    spec, groups = QuantSpec(2, "affine", "token"), Groups("token")
+    spec, groups = QuantSpec(2, "affine", "token", scale="minmax"), Groups("token")
     form = ActivationForm(spec, groups)
     x = torch.tensor([[0.0, 3.0, 0.5 + 1e-6, 1.2]])
     other = torch.tensor([[0.0, 3.0, 0.5 - 1e-6, 1.2]])

@@ -234,7 +234,8 @@ TIE = torch.cat([torch.tensor([[0.0, 3.0, 0.5, 1.2]]), torch.rand(5, 4) * 3])  #
 @pytest.mark.parametrize(("push", "accepted"), [(1e-5, True), (0.3, False)])
 def test_a_code_on_a_tie_may_go_the_other_way_and_no_other(push, accepted, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    net = qgraph.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), "A2W4", (TIE,))
+    config = qgraph.QConfig(qgraph.QuantSpec(4), qgraph.QuantSpec(2, granularity="token", scale="minmax"))
+    net = qgraph.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), config, (TIE,))
     lower = exporter.lower
 
     def lower_pushed(model, *args, **kwargs):
