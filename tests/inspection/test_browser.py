@@ -248,4 +248,12 @@ def test_three_thousand_nodes(driver, tmp_path):
     assert browser.js("qgraphPage.shown()") == 40
     browser.search("17:33", Keys.ENTER)
     assert browser.picked == "17:33" and browser.js("qgraphPage.shown()") == 40 + 75
+    browser.press("e")  # the canvas gets what is in view, and more where one goes
+    assert browser.js("qgraphPage.shown()") == 3040 and browser.js("qgraphPage.core().nodes().length") < 500
+    browser.search("39:74", Keys.ENTER)
+    assert browser.js("qgraphPage.core().nodes('.picked').data('label')") == "relu\n2 × 8"
+    browser.js("void qgraphPage.core().panBy({ x: 1e5, y: 0 })")
+    Wait(driver, 10).until(lambda _: browser.js("qgraphPage.core().nodes().length") < 5)
+    browser.press("f")
+    Wait(driver, 10).until(lambda _: browser.js("qgraphPage.core().nodes().length") > 5)
     assert browser.complaints() == []

@@ -119,8 +119,8 @@
       if ($("help").open) $("help").close();
       pick(null);
     },
-    ArrowDown: () => along("outputs", "y", 1),
-    ArrowUp: () => along("inputs", "y", -1),
+    ArrowDown: () => along(1),
+    ArrowUp: () => along(-1),
     ArrowRight: () => beside(1),
     ArrowLeft: () => beside(-1),
   };
@@ -139,16 +139,14 @@
   }
 
   // Follow an edge of what is shown; where there is none, go to the nearest thing in that direction.
-  function along(_, axis, sign) {
+  function along(sign) {
     const items = shownItems();
     if (!picked) {
       go(items[0]);
       return;
     }
     const here = Model.shown(picked);
-    const node = Graph.core().getElementById(here.key);
-    const next = sign > 0 ? node.outgoers("node") : node.incomers("node");
-    const byEdge = next.map((each) => model.byKey.get(each.id())).filter((each) => each !== here);
+    const byEdge = Graph.neighbours(here, sign);
     if (byEdge.length) {
       go(byEdge.sort((a, b) => Math.abs(a.x - here.x) - Math.abs(b.x - here.x) || sign * (a.y - b.y))[0]);
       return;
@@ -174,11 +172,7 @@
     if (best) go(best);
   }
 
-  const shownItems = () =>
-    Graph.core()
-      .nodes()
-      .map((node) => model.byKey.get(node.id()))
-      .sort((a, b) => a.y - b.y);
+  const shownItems = () => [...Graph.items()].sort((a, b) => a.y - b.y);
 
   function pressed(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("[type=search]")) return;
@@ -284,7 +278,7 @@
   document.body.dataset.ready = String(Math.round(performance.now() - began));
   window.qgraphPage = {
     model,
-    shown: () => Graph.shown(),
+    shown: () => Graph.items().length,
     position: (key) => Graph.position(model.byKey.get(key)),
     picked: () => picked && picked.key,
     core: Graph.core,

@@ -1,7 +1,12 @@
 "use strict";
 // The data flow on cytoscape's canvas. Boxes are plain rectangles behind what they hold.
 const Graph = (() => {
+  const MANY = 600; // items beyond which the canvas gets those alone that are in and around the view
+  const SMALL = 4; // pixels below which an item of so many is left out
   let cy, model, pick, toggled;
+  let drawn = { items: [], edges: [] };
+  let marked = [null, []];
+  let waiting = 0;
 
   function start(container, theModel, onPick, onToggle) {
     model = theModel;
@@ -27,6 +32,9 @@ const Graph = (() => {
     });
     cy.on("tap", (event) => {
       if (event.target === cy) pick(null);
+    });
+    cy.on("viewport", () => {
+      if (isLarge() && !waiting) waiting = setTimeout(sync, 60);
     });
     Layout.connect(model);
     draw();
@@ -204,32 +212,66 @@ const Graph = (() => {
     return { group: "edges", data, classes };
   }
 
+  const isLarge = () => drawn.items.length > MANY;
+
   function draw() {
-    const { items, edges } = Layout.run(model);
+    drawn = Layout.run(model);
     cy.batch(() => {
       cy.elements().remove();
-      cy.add([...items.map(element), ...edges.map(wire)]);
+      if (!isLarge()) cy.add([...drawn.items.map(element), ...drawn.edges.map(wire)]);
     });
-    const many = items.length > 700;
-    cy.renderer().hideEdgesOnViewport = many; // while the view is dragged
-    cy.renderer().textureOnViewport = many;
+    sync();
+  }
+
+  // Of a large graph, keep on the canvas what can be seen now.
+  function sync() {
+    waiting = 0;
+    if (!isLarge()) return;
+    const wanted = inView();
+    cy.batch(() => {
+      cy.elements()
+        .filter((each) => !wanted.has(each.id()))
+        .remove();
+      for (const make of wanted.values()) make();
+    });
+    mark(...marked);
+  }
+
+  function inView() {
+    const { x1, x2, y1, y2 } = cy.extent();
+    const dx = (x2 - x1) / 2,
+      dy = (y2 - y1) / 2,
+      zoom = cy.zoom();
+    const isNear = (left, right, top, bottom) => right > x1 - dx && left < x2 + dx && bottom > y1 - dy && top < y2 + dy;
+    const wanted = new Map(),
+      wires = new Map();
+    const add = (key, make) =>
+      wanted.has(key) || wanted.set(key, () => cy.getElementById(key).empty() && cy.add(make()));
+    const isLegible = (item) => item.h * zoom > SMALL;
+    for (const item of drawn.items) {
+      const w = item.w / 2,
+        h = item.h / 2;
+      if (isLegible(item) && isNear(item.x - w, item.x + w, item.y - h, item.y + h)) add(item.key, () => element(item));
+    }
+    for (const edge of drawn.edges) {
+      const { source, target } = edge;
+      if (!isLegible(source) || !isLegible(target)) continue;
+      const xs = [source.x, target.x, ...edge.points.map((p) => p.x)];
+      if (!isNear(Math.min(...xs), Math.max(...xs), Math.min(source.y, target.y), Math.max(source.y, target.y)))
+        continue;
+      for (const end of [source, target]) add(end.key, () => element(end));
+      wires.set(edge.id, () => cy.getElementById(edge.id).empty() && cy.add(wire(edge)));
+    }
+    return new Map([...wanted, ...wires]);
   }
 
   // Draw again; `anchor` stays where it is on the screen.
   function redraw(anchor) {
-    const before = anchor && cy.getElementById(anchor.key);
-    const at =
-      before && before.nonempty()
-        ? { x: before.renderedPosition("x"), y: before.renderedPosition("y") - (before.height() / 2) * cy.zoom() }
-        : null;
+    const before = anchor && anchor.x != null ? { x: anchor.x, y: anchor.y - anchor.h / 2 } : null;
     draw();
-    if (!at) return;
-    const now = cy.getElementById(anchor.key);
-    if (now.empty()) return;
-    cy.panBy({
-      x: at.x - now.renderedPosition("x"),
-      y: at.y - now.renderedPosition("y") + (now.height() / 2) * cy.zoom(),
-    });
+    if (!before) return;
+    cy.panBy({ x: (before.x - anchor.x) * cy.zoom(), y: (before.y - anchor.y + anchor.h / 2) * cy.zoom() });
+    sync();
   }
 
   function toggle(box) {
@@ -255,6 +297,7 @@ const Graph = (() => {
   }
 
   function mark(item, found) {
+    marked = [item, found];
     cy.batch(() => {
       cy.elements(".picked, .near, .found").removeClass("picked near found");
       for (const each of found || []) cy.getElementById(Model.shown(each).key).addClass("found");
@@ -268,20 +311,13 @@ const Graph = (() => {
   function show(item) {
     if (Model.isHidden(model, item)) setHidden([item.data.role], false);
     if (Model.reveal(item)) redraw(null);
-    const node = cy.getElementById(item.key);
-    if (node.empty()) return;
-    const zoom = Math.max(cy.zoom(), 0.75);
-    cy.stop();
-    if (item.isBox && item.expanded && (item.w * zoom > cy.width() || item.h * zoom > cy.height())) {
-      cy.fit(node, 30);
-      if (cy.zoom() < 0.5) {
-        cy.zoom(0.5);
-        cy.center(node);
-      }
-      return;
+    let zoom = Math.min(1.4, Math.max(cy.zoom(), 0.75));
+    if (item.isBox && item.expanded) {
+      const whole = Math.min((cy.width() - 60) / item.w, (cy.height() - 60) / item.h);
+      zoom = Math.min(zoom, Math.max(whole, 0.5));
     }
-    cy.zoom(Math.min(zoom, 1.4));
-    cy.center(node);
+    cy.viewport({ zoom, pan: { x: cy.width() / 2 - zoom * item.x, y: cy.height() / 2 - zoom * item.y } });
+    sync();
   }
 
   // All of it; the layout knows its size, which the library would have to measure.
@@ -297,10 +333,17 @@ const Graph = (() => {
     const zoom = Math.max(whole, Math.min(least, 1));
     const y = zoom > whole ? edge - zoom * top : edge + (high - zoom * (h + top)) / 2;
     cy.viewport({ zoom, pan: { x: cy.width() / 2 - (zoom * w) / 2, y } });
+    sync();
   }
 
   // All of it where that is legible, else its beginning.
   const view = () => fit(0.8);
+
+  // What edges lead to from an item, or with a sign of -1 come from.
+  const neighbours = (item, sign) =>
+    sign > 0
+      ? drawn.edges.filter((edge) => edge.source === item).map((edge) => edge.target)
+      : drawn.edges.filter((edge) => edge.target === item).map((edge) => edge.source);
 
   const zoomBy = (factor) =>
     cy.zoom({ level: cy.zoom() * factor, renderedPosition: { x: cy.width() / 2, y: cy.height() / 2 } });
@@ -317,8 +360,9 @@ const Graph = (() => {
     fit: () => fit(),
     restyle: () => cy.style(style()),
     resize: () => cy.resize(),
-    shown: () => cy.nodes().length,
-    position: (item) => cy.getElementById(item.key).renderedPosition(),
+    items: () => drawn.items,
+    position: (item) => ({ x: item.x * cy.zoom() + cy.pan().x, y: item.y * cy.zoom() + cy.pan().y }),
+    neighbours,
     core: () => cy,
   };
 })();
