@@ -1,18 +1,13 @@
 """Train a transformer at A8W4 over several processes: sharded, in bfloat16, with checkpoints that any number resumes.
-
-Run: torchrun --standalone --nproc-per-node 2 examples/distributed.py
-After a crash run it again, on any number of processes: it goes on from its last checkpoint, with the same losses.
+Run, and after a crash again, for the same losses: torchrun --standalone --nproc-per-node 2 examples/distributed.py
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -21,14 +16,12 @@ import qgraph
 PARTS = 2  # of a batch; each process takes every world-th, so that their sum is the same on 1 process and on 2
 
 
-def part_of_batch(step: int, part: int) -> Tensor:
-    """Sequences that count upwards from random starts, modulo 32."""
+def part_of_batch(step: int, part: int) -> torch.Tensor:  # sequences that count upwards, modulo 32
     starts = torch.randint(0, 32, (8, 1), generator=torch.Generator().manual_seed(step * PARTS + part))
     return (starts + torch.arange(17)) % 32
 
 
 def main(folder: str = "checkpoints", steps: int = 60, every: int = 10) -> list[float]:
-    rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)  # the same start everywhere
     layers = [nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True) for _ in range(2)]
     model = nn.Sequential(nn.Embedding(32, 64), *layers, nn.Linear(64, 32))
@@ -36,28 +29,26 @@ def main(folder: str = "checkpoints", steps: int = 60, every: int = 10) -> list[
     for layer in [*model, model]:
         fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    done = max((int(file.parent.name) for file in Path(folder).glob("*/.metadata")), default=0)  # written last
-    if done:
+    if done := max((int(file.parent.name) for file in Path(folder).glob("*/.metadata")), default=0):  # written last
+        state = dict(zip(("model_state_dict", "optim_state_dict"), get_state_dict(model, optimizer), strict=True))
         dcp.load(state, checkpoint_id=f"{folder}/{done}")
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    losses = []
+        set_state_dict(model, optimizer, **state)
+    losses, world = [], dist.get_world_size()
     for step in range(done, steps):
         total = torch.zeros(())
-        for part in range(rank, PARTS, world):
+        for part in range(dist.get_rank(), PARTS, world):
             ids = part_of_batch(step, part)
-            loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten()) / PARTS
+            loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten()) / PARTS
             (loss * world).backward()  # gradients are averaged over the processes
             total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
         dist.all_reduce(total)
         losses.append(total.item())
-        if rank == 0:
+        if dist.get_rank() == 0:
             print(f"step {step} loss {total:.6f}", flush=True)
         if (step + 1) % every == 0:
-            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+            state = dict(zip(("model_state_dict", "optim_state_dict"), get_state_dict(model, optimizer), strict=True))
             dcp.save(state, checkpoint_id=f"{folder}/{step + 1}")
     return losses
 

@@ -290,12 +290,13 @@ class Sparsifier(nn.Module):
         return pruned
 
     def _pruned(self, weight: Tensor, sparsity: SparsitySpec) -> Tensor:
-        if self.frozen:
-            if self.mask is None:
-                self.mask = sparsity_mask(whole(weight.detach()), sparsity, self.groups)
-            return apply_mask(weight, self.mask)
-        known = None if torch.compiler.is_compiling() else self.memo.pruned(weight, sparsity, self.groups)
-        return sparsify(weight, sparsity, self.groups) if known is None else known
+        if self.frozen and self.mask is None:
+            self.mask = sparsity_mask(whole(weight.detach()), sparsity, self.groups)
+        mask = self.mask if self.frozen else None
+        known = None if torch.compiler.is_compiling() else self.memo.pruned(weight, sparsity, self.groups, mask)
+        if known is not None:
+            return known
+        return sparsify(weight, sparsity, self.groups) if mask is None else apply_mask(weight, mask)
 
     def extra_repr(self) -> str:
         state = ("" if self.enabled else ", disabled") + (", frozen" if self.frozen else "")

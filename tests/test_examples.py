@@ -35,6 +35,25 @@ def test_plain_loop(example, tmp_path):
     assert (tmp_path / "digits.onnx").stat().st_size < 40_000
 
 
+def test_recipe(example, tmp_path):
+    module = example("recipe")
+    accuracy = module.main(str(tmp_path / "recipe.onnx"), steps=100)
+    assert accuracy > 0.6  # of ten classes, at one bit
+    layers = qgraph.unpack(tmp_path / "recipe.onnx")
+    assert {layer.spec.bits for layer in layers.values()} == {1}
+    assert all(layer.mask.reshape(-1, 4).sum(1).max() == 2 for layer in layers.values())
+
+
+def test_lightning(example, tmp_path):
+    pytest.importorskip("lightning", reason="lightning is not installed: pip install 'qgraph[lightning]'")
+    assert example("lightning_loop").main(str(tmp_path), epochs=4) > 0.7
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(path):
+    assert len(path.read_text().splitlines()) < 60
+
+
 def test_transformers_trainer(example):
     before, after = example("transformers_trainer").main(steps=40)
     assert after < 0.3 * before

@@ -83,6 +83,7 @@ def test_bits_follow_the_steps_and_the_config_before_the_first():
     assert seen[0][0] == seen[1][0] > 16
     assert seen[4][1] == "linear"
     assert seen[6][1] == "affine"
+    assert modules(model, WeightQuantizer)[0].spec == qgraph.QuantSpec(1)
     assert "1-bit affine" in str(qgraph.inspect(model).layers[0].weight)
 
 

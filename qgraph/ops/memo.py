@@ -31,7 +31,7 @@ from qgraph.config import QuantSpec, SparsitySpec
 from qgraph.ops import native
 from qgraph.ops.ddt import DDT
 from qgraph.ops.groups import Groups
-from qgraph.ops.sparsity import sparsify
+from qgraph.ops.sparsity import apply_mask, sparsify
 
 DEFAULT_LIMIT = 1 << 30  # bytes that all values held in a process may take
 
@@ -117,11 +117,18 @@ class Memo:
         parts = [DDT.apply(*piece, spec, last)[0] for *piece, last in zip(fulls, pruned, known, strict=True)]
         return groups.join(parts, weight.shape)
 
-    def pruned(self, weight: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor | None:
-        """`sparsify(weight, sparsity, groups)`, remembered; None where that has to compute it."""
+    def pruned(
+        self, weight: Tensor, sparsity: SparsitySpec, groups: Groups, mask: Tensor | None = None
+    ) -> Tensor | None:
+        """`sparsify(weight, sparsity, groups)`, or by a mask, remembered; None where those have to compute it."""
         if not native.applies(weight):
             return None
-        found = self._recall((weight,), (sparsity, groups), lambda: (sparsify(weight.detach(), sparsity, groups),))
+
+        def compute() -> tuple[Tensor, ...]:
+            dense = weight.detach()
+            return (sparsify(dense, sparsity, groups) if mask is None else apply_mask(dense, mask),)
+
+        found = self._recall((weight,), (sparsity, groups, None if mask is None else _identity(mask)), compute)
         return None if found is None else _Pruned.apply(weight, found[0])
 
     def _recall(

@@ -173,6 +173,20 @@ def test_a_new_ratio_is_seen_by_the_sparsifier_and_by_what_follows():
             assert torch.equal(quantizer(sparsifier(weight), weight), expected)
 
 
+def test_masks_that_are_frozen_are_seen():
+    weight, _ = make()
+    sparsifier = Sparsifier(SparsitySpec.parse("50%"), CHANNELS, "weight")
+    sparsifier.frozen = True
+    with torch.no_grad():
+        for first in (True, False):
+            sparsifier.mask = torch.arange(weight.numel()).reshape(weight.shape) % 2 == int(first)
+            for _ in range(3):
+                assert torch.equal(sparsifier(weight), weight * sparsifier.mask)
+            assert sparsifier.memo.bytes
+        weight.data[0, 0] += 1
+        assert torch.equal(sparsifier(weight), weight * sparsifier.mask)
+
+
 def test_train_after_inference_mode():
     weight, quantizer = make()
     with torch.inference_mode():
