@@ -1,9 +1,10 @@
 """Speed of the quantization and pruning operations, forward and backward, beside a LayerNorm of the same shape.
 
 Every round times each case once, in turn, so that a slow moment of the machine falls on all of them; the medians over
-the rounds are printed, as milliseconds and as ratios to LayerNorm's and to torch.fake_quantize_per_channel_affine's.
+the rounds are printed, as milliseconds and as ratios to LayerNorm's (compiled to compiled) and to
+torch.fake_quantize_per_channel_affine's, with the bytes a value kept for the backward pass beside the input.
 
-    python benchmarks/ops.py [--compile] [--rounds 15] [--threads 1] [--shapes 1024x1024 4096x1024] [--json FILE]
+    python benchmarks/ops.py [--compile] [--dtype bfloat16] [--rounds 15] [--threads 1] [--shapes 1024x1024] [--json FILE]
 
 On a machine that others use too, `--clock cpu` counts the time of this process alone.
 """
@@ -24,13 +25,15 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec, SparsitySpec
-from qgraph.ops import Groups, fake_quantize, sparsify
+from qgraph.ops import Groups, fake_quantize, native, sparsify
 
-LAYER_NORM, FAKE_QUANTIZE = "layer norm", "torch fake_quantize"
+LAYER_NORM, FAKE_QUANTIZE, COMPILED = "layer norm", "torch fake_quantize", ", compiled"
 BLOCK = 128
 SETTLED = 31 << 20  # just below the largest threshold of glibc
 SPECS = {
+    "affine 8": QuantSpec(8),
     "affine 4": QuantSpec(4),
+    "affine 2": QuantSpec(2),
     "affine 1": QuantSpec(1),
     "linear 4": QuantSpec(4, "linear"),
     "linear 1.58": QuantSpec(1.58),
@@ -54,13 +57,14 @@ def main() -> None:
     results = []
     for shape in options.shapes:
         rows, columns = map(int, shape.split("x"))
-        medians = measure(rows, columns, options)
+        medians, kept = measure(rows, columns, options)
         results += [
             {
                 "shape": [rows, columns],
                 "case": name,
                 "milliseconds": value,
-                "to_layer_norm": value / medians[LAYER_NORM],
+                "to_layer_norm": value / medians[LAYER_NORM + COMPILED * name.endswith(COMPILED)],
+                "kept_bytes": kept.get(name),
                 "to_fake_quantize": value / medians[FAKE_QUANTIZE],
             }
             for name, value in medians.items()
@@ -79,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="cases whose name contains this, and the two to compare with")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="measure the compiled functions too")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
@@ -92,17 +97,22 @@ def settle_memory() -> None:
     torch.empty(SETTLED, dtype=torch.uint8).fill_(0)
 
 
-def measure(rows: int, columns: int, options: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds of a forward and backward pass, case by case; all cases once a round."""
-    cases = {name: f for name, f in eager_cases(columns, rows).items() if wanted(name, options.only)}
+def measure(rows: int, columns: int, options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
+    """Median milliseconds of a forward and backward pass, all cases once a round, and bytes a value kept by each."""
+    cases = {
+        name: f
+        for name, f in eager_cases(columns, rows, getattr(torch, options.dtype)).items()
+        if wanted(name, options.only)
+    }
     if options.compile:
         cases |= {
-            f"{name}, compiled": torch.compile(f, fullgraph=True, dynamic=False)
+            f"{name}{COMPILED}": torch.compile(f, fullgraph=True, dynamic=False)
             for name, f in cases.items()
             if name.startswith("ddt") or name == LAYER_NORM
         }
-    x = torch.randn(rows, columns, requires_grad=True)
-    upstream = torch.randn(rows, columns)
+    dtype = getattr(torch, options.dtype)
+    x = torch.randn(rows, columns, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(rows, columns, dtype=dtype)
     times: dict[str, list[float]] = {name: [] for name in cases}
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     for function in cases.values():  # warm up: compilation, memory
@@ -111,7 +121,23 @@ def measure(rows: int, columns: int, options: argparse.Namespace) -> dict[str, f
         for name, function in cases.items():
             timed(function, x, upstream, clock)  # the caches as a second call finds them
             times[name].append(timed(function, x, upstream, clock))
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    kept = {name: kept_bytes(function, x) for name, function in cases.items() if not name.endswith(COMPILED)}
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}, kept
+
+
+def kept_bytes(function: Function, x: Tensor) -> float:
+    """Bytes a value that a function keeps for its backward pass, the input left out."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function(x)
+    kept.pop(x.untyped_storage().data_ptr(), None)
+    return sum(kept.values()) / y.numel()
 
 
 def timed(function: Function, x: Tensor, upstream: Tensor, clock: Callable[[], float]) -> float:
@@ -125,9 +151,9 @@ def timed(function: Function, x: Tensor, upstream: Tensor, clock: Callable[[], f
     return seconds
 
 
-def eager_cases(columns: int, rows: int) -> dict[str, Function]:
+def eager_cases(columns: int, rows: int, dtype: torch.dtype) -> dict[str, Function]:
     """What is measured, by name; each a function of the tensor alone."""
-    norm = torch.nn.LayerNorm(columns)
+    norm = torch.nn.LayerNorm(columns, dtype=dtype)
     scale, zero = torch.full((rows,), 0.3), torch.zeros(rows, dtype=torch.int32)
     cases: dict[str, Function] = {
         LAYER_NORM: norm,
@@ -171,11 +197,11 @@ def wanted(name: str, only: str) -> bool:
 
 def table(shape: str, results: list[dict]) -> str:
     """The results of one shape as text."""
-    lines = [f"{shape:36}{'ms':>9}{'/ layer norm':>14}{'/ fake_quantize':>17}"]
-    lines += [
-        f"{r['case']:36}{r['milliseconds']:9.2f}{r['to_layer_norm']:14.2f}{r['to_fake_quantize']:17.2f}"
-        for r in results
-    ]
+    lines = [f"{shape:36}{'ms':>9}{'/ layer norm':>14}{'/ fake_quantize':>17}{'bytes kept':>12}"]
+    for r in results:
+        kept = "" if r["kept_bytes"] is None else f"{r['kept_bytes']:.2f}"
+        ratios = f"{r['to_layer_norm']:14.2f}{r['to_fake_quantize']:17.2f}"
+        lines.append(f"{r['case']:36}{r['milliseconds']:9.2f}{ratios}{kept:>12}")
     return "\n".join(lines) + "\n"
 
 
@@ -190,7 +216,8 @@ def setting(options: argparse.Namespace) -> dict[str, object]:
         "clock": options.clock,
         "rounds": options.rounds,
         "seed": options.seed,
-        "dtype": "float32",
+        "dtype": options.dtype,
+        "compiled_passes": native.library() is not None,
         "statistic": "median over interleaved rounds of one forward and one backward pass",
     }
 
