@@ -40,7 +40,8 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("qgraph-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert set(source_files()) <= names
-    assert {"qgraph/py.typed", "qgraph/ops/kernels.cpp"} <= names
+    kernels = {f"qgraph/ops/kernels/{path.name}" for path in (ROOT / "qgraph" / "ops" / "kernels").iterdir()}
+    assert {"qgraph/py.typed", *kernels} <= names
     page = ROOT / "qgraph" / "inspection" / "html"
     assert {path.relative_to(ROOT).as_posix() for path in page.rglob("*") if path.is_file()} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)

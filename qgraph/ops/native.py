@@ -1,4 +1,4 @@
-"""The compiled passes of `kernels.cpp` for plain tensors on a CPU: built by the system's C++ compiler on first use.
+"""The compiled passes (folder `kernels`) for plain tensors on a CPU: built by the system's C++ compiler on first use.
 
 The shared library goes to the user's cache folder (`QGRAPH_CACHE`, `XDG_CACHE_HOME` or ``~/.cache``), so a machine
 compiles once, in a few seconds. Without a compiler, with `QGRAPH_NATIVE=0`, under compilation and tracing, on other
@@ -27,7 +27,8 @@ from qgraph.config import QuantSpec
 from qgraph.ops import eager
 from qgraph.ops.codes import absmean_factor, clips, is_binary, middle, scale_is_mean, window
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).with_name("kernels")
+SOURCE = FOLDER / "kernels.cpp"
 TYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction and nothing of -ffast-math: results are the same on every processor.
@@ -40,7 +41,7 @@ PROCESSOR_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
 COMPILE_SECONDS = 300
-FINGERPRINT_VALUES = 1 << 16  # as in kernels.cpp
+FINGERPRINT_VALUES = 1 << 16  # as in kernels/fingerprint.h
 VALUES_A_THREAD = 1 << 16  # below that a thread costs more to start than it saves
 
 _lock = threading.Lock()
@@ -48,7 +49,7 @@ _loaded: list[ctypes.CDLL | None] = []  # empty until asked for; then the librar
 
 
 class Plan(ctypes.Structure):
-    """`Plan` of kernels.cpp: how groups are quantized."""
+    """`Plan` of kernels/quantize.h: how groups are quantized."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("affine", "mean", "binary", "clip", "windowed", "regress")),
@@ -224,7 +225,8 @@ def _command() -> tuple[str, ...] | None:
 
 
 def _digest(command: tuple[str, ...]) -> str:
-    return hashlib.sha256("\0".join((*command, SOURCE.read_text())).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
+    return hashlib.sha256("\0".join((*command, *texts)).encode()).hexdigest()[:16]
 
 
 def _folder() -> Path:
