@@ -4,7 +4,7 @@ Every round times each case once, in turn, so that a slow moment of the machine 
 the rounds are printed, as milliseconds and as ratios to LayerNorm's (compiled to compiled) and to
 torch.fake_quantize_per_channel_affine's, with the bytes a value kept for the backward pass beside the input.
 
-    python benchmarks/ops.py [--compile] [--dtype bfloat16] [--rounds 15] [--threads 1] [--shapes 1024x1024] [--json FILE]
+    python benchmarks/ops.py [--compile] [--dtype bfloat16] [--rounds 15] [--threads 1] [--json FILE]
 
 On a machine that others use too, `--clock cpu` counts the time of this process alone.
 """

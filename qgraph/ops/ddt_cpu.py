@@ -31,7 +31,7 @@ def applies(dense: Tensor, sparse: Tensor | None) -> bool:
 def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Denoised values and the statistics of `ddt.centred_codes`, shape (rows, groups, 6)."""
     rows, pruned = _rows(dense), None if sparse is None else _rows(sparse)
-    y = torch.empty(rows.shape, dtype=rows.dtype)
+    y = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     narrow = y.dtype != torch.float32
     positions, codes = _buffer(rows), _buffer(rows) if narrow else y
     stats = []
@@ -48,7 +48,7 @@ def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tens
 def gradient(h: Tensor, dense: Tensor, sparse: Tensor | None, stats: Tensor, spec: QuantSpec) -> Tensor:
     """`ddt.gradient`, with `f` and `q` in the place of `e` and `qc`, which saves two passes."""
     rows, pruned, upstream = _rows(dense), None if sparse is None else _rows(sparse), _rows(h)
-    grad = torch.empty(rows.shape, dtype=rows.dtype)
+    grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     narrow = grad.dtype != torch.float32
     positions, codes, wide = _buffer(rows), _buffer(rows), _buffer(rows) if narrow else grad
     per_group = stats.reshape(-1, 6)
@@ -158,7 +158,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _buffer(rows: Tensor) -> Tensor:
-    return torch.empty(min(_rows_a_chunk(rows), rows.shape[0]), rows.shape[1])
+    return torch.empty(min(_rows_a_chunk(rows), rows.shape[0]), rows.shape[1], device=rows.device)
 
 
 def _rows_a_chunk(rows: Tensor) -> int:

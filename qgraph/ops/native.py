@@ -75,7 +75,7 @@ def applies(*tensors: Tensor | None) -> bool:
         and eager.plain_on_cpu(*given)
         # What a mode watches, or torch.func wraps, goes through torch's own operations.
         and not torch._C._len_torch_dispatch_stack()
-        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
+        and not any(t.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given)
         and library() is not None
     )
 
@@ -102,7 +102,7 @@ def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec, *, regress: b
     tuple of Tensor
         Of the shape and type of `dense`, and (rows, groups, 6), float32.
     """
-    values, stats = _empty(dense), torch.empty(*dense.shape[:2], 6)
+    values, stats = _empty(dense), torch.empty(*dense.shape[:2], 6, device=dense.device)
     _quantize(_plan(spec, regress), None, dense, sparse, values, stats)
     return _laid_out(values, dense), stats
 
@@ -135,7 +135,7 @@ def fingerprint(values: Tensor) -> tuple[int, ...]:
 
     A change of one value always shows, any other one but for one in 2**32 a lane that it touches.
     """
-    found = torch.empty(-(-values.numel() // FINGERPRINT_VALUES), dtype=torch.int64)
+    found = torch.empty(-(-values.numel() // FINGERPRINT_VALUES), dtype=torch.int64, device=values.device)
     _library().qgraph_fingerprint(
         values.data_ptr(), found.data_ptr(), values.numel(), _narrow(values), _threads(values)
     )
@@ -165,7 +165,7 @@ def _plan(spec: QuantSpec, regress: bool) -> Plan:
 
 
 def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)  # whatever the default device is
 
 
 def _laid_out(result: Tensor, x: Tensor) -> Tensor:

@@ -117,6 +117,24 @@ def test_threads_may_ask_at_once():
     assert all(torch.equal(y, expected) for y in found)
 
 
+@pytest.mark.parametrize("found", [None, native.library()], ids=["torch", "compiled"])
+def test_the_default_device_plays_no_part(found, monkeypatch):
+    monkeypatch.setattr(native, "_loaded", [found])
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    expected = value_and_gradient(x, QuantSpec(4), Groups("channel"))
+    h, leaf = torch.linspace(-1, 1, 60).reshape(3, 20), x.clone().requires_grad_()
+    with torch.device("meta"):
+        y = fake_quantize(leaf, QuantSpec(4), Groups("channel"))
+        y.backward(h)
+    assert torch.equal(y, expected[0]) and torch.equal(leaf.grad, expected[1])
+
+
+def test_a_negated_view_is_read_as_what_it_stands_for():
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    expected = fake_quantize(-x, QuantSpec(4), Groups("channel"))
+    torch.testing.assert_close(fake_quantize(torch._neg_view(x), QuantSpec(4), Groups("channel")), expected)
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """As at the start of a process, with a cache folder of its own."""
