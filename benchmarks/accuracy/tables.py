@@ -111,7 +111,7 @@ def plots(rows: Rows, folder: Path) -> None:
     except ImportError:
         raise SystemExit("--plots needs matplotlib: pip install matplotlib.") from None
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "qgraph"  # the same file for the same rows
+    matplotlib.rcParams |= {"svg.hashsalt": "qgraph", "svg.fonttype": "none"}  # the same small file for the same rows
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ def run(which: Run, study: Study, task: Task, tick: Callable[[], None] = lambda:
         "flips": [_short(value) for value in flips],
         "diverged": diverged(start, curve),
         "seconds": round(time.perf_counter() - started, 1),
-        "config": None if settings is None else str(settings),
+        "config": None if settings is None else settings.to_dict(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
         "python": platform.python_version(),
