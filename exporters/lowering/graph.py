@@ -25,7 +25,7 @@ from qgraph.exporters.lowering.linear import (
     emit_kernel,
     has_zero_points,
 )
-from qgraph.exporters.lowering.static import TIE, Statics
+from qgraph.exporters.lowering.static import Statics
 from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation_of, uses_of
 from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
 from qgraph.modules import ActivationForm, Collected
@@ -124,7 +124,6 @@ class _Lowering:
         self.texts: dict[str, str] = {}
         self.sums: dict[tuple[int, int | None], ir.Value] = {}
         self.quantized: dict[tuple[int, str], ir.Value] = {}
-        self.pairs: dict[tuple[int, str], tuple[ir.Value, ir.Value, int]] = {}
         self.by_content: dict[bytes, str] = {}
         self.gathered: set[bytes] = set()
         self.statics = Statics(self)
@@ -237,9 +236,7 @@ class _Lowering:
             return
         form = self._form(site)
         if form.fixed is not None:
-            self.replace(
-                out, self.statics.float_of(node) if self.target != "qdq" else self._quantize_dequantize(node, form)
-            )
+            self.replace(out, self.statics.pair_of(node) if self.target == "qdq" else self.statics.float_of(node))
             return
         key = (id(x), repr((form.spec, form.groups, None if form.step is None else form.step.tolist())))
         if key not in self.quantized:
@@ -248,18 +245,6 @@ class _Lowering:
         y = self.quantized[key]
         self.activations.append(ActivationRecord(site, x, y))
         self.replace(out, y)
-
-    def _quantize_dequantize(self, node: ir.Node, form: ActivationForm) -> ir.Value:
-        """QuantizeLinear and DequantizeLinear, one pair for a tensor."""
-        x, site = node.inputs[0], _site(node)
-        assert x is not None and form.fixed is not None
-        key = (id(x), repr((form.spec, form.fixed)))
-        if key not in self.pairs:
-            with self.b.before(node):
-                self.pairs[key] = qdq.emit_activation(self.b, x, form, site)
-        y, codes, zero = self.pairs[key]
-        self.activations.append(ActivationRecord(site, x, codes, form.fixed.scale, zero, TIE))
-        return y
 
     def _form(self, site: str) -> ActivationForm:
         form = self.collected.activations.get(site)

@@ -34,7 +34,7 @@ MIN_WINDOW, MIN_CHANNELS = 512, 64  # values a window and output channels from w
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """A static activation as uint8 codes: it stands for `scale * (code - zero_point)`, codes are 0 to `top`."""
+    """A static activation as codes up to `top`, uint8 for integer products; it is `scale * (code - zero_point)`."""
 
     value: ir.Value
     scale: float

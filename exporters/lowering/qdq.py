@@ -19,6 +19,7 @@ import torch
 
 from qgraph.errors import ExportError
 from qgraph.exporters.lowering.builder import GraphBuilder
+from qgraph.exporters.lowering.integer import Codes
 from qgraph.exporters.packing import PackedWeight, emit_scale, emit_zero_point, unpack
 from qgraph.exporters.packing.emit import group_runs, spread_groups, to_shape
 from qgraph.modules import ActivationForm
@@ -144,14 +145,8 @@ def _shift(b: GraphBuilder, packed: PackedWeight, name: str, middle: int) -> ir.
     return b.reshape(shift, [-1 if i == axis else 1 for i in range(len(packed.shape))], name=node)
 
 
-def emit_activation(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: str) -> tuple[ir.Value, ir.Value, int]:
-    """QuantizeLinear and DequantizeLinear of a static activation.
-
-    Returns
-    -------
-    tuple
-        The float value, the codes, and the zero point that the codes have.
-    """
+def emit_activation(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: str) -> tuple[ir.Value, Codes]:
+    """QuantizeLinear and DequantizeLinear of a static activation: the float value, and the codes between them."""
     assert form.fixed is not None
     bottom, top = form.spec.levels
     kind = np.int8 if bottom < 0 else np.uint8
@@ -170,7 +165,7 @@ def emit_activation(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: st
     if x.dtype not in (None, ir.DataType.FLOAT):
         y = b.cast(y, x.dtype, name=f"{name}/narrow")
         y.shape = x.shape
-    return y, codes, form.fixed.zero_point
+    return y, Codes(codes, form.fixed.scale, form.fixed.zero_point, top)
 
 
 def read(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.exporters.lowering import chains
+from qgraph.exporters.lowering import chains, qdq
 from qgraph.exporters.lowering.integer import (
     Codes,
     Window,
@@ -44,6 +44,7 @@ class Statics:
         self.codes: dict[ir.Node, Codes] = {}
         self.by_value: dict[tuple[int, str], Codes] = {}
         self.floats: dict[int, ir.Value] = {}
+        self.pairs: dict[tuple[int, str], tuple[ir.Value, Codes]] = {}
 
     def form_of(self, node: ir.Node | None) -> ActivationForm | None:
         """The form of a node that is a static activation."""
@@ -88,6 +89,18 @@ class Statics:
                     self.b, codes, node.outputs[0], node.attributes["site"].as_string()
                 )
         return self.floats[id(codes.value)]
+
+    def pair_of(self, node: ir.Node) -> ir.Value:
+        """The value of a static activation behind QuantizeLinear and DequantizeLinear."""
+        form, x = self.form_of(node), node.inputs[0]
+        assert form is not None and form.fixed is not None and x is not None
+        key, site = (id(x), repr((form.spec, form.fixed))), node.attributes["site"].as_string()
+        if key not in self.pairs:
+            with self.b.before(node):
+                self.pairs[key] = qdq.emit_activation(self.b, x, form, site)
+        y, codes = self.pairs[key]
+        self._note(site, x, codes, TIE)
+        return y
 
     def product(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
         """Linear and matmul: MatMulIntegerToFloat, or MatMulInteger."""
