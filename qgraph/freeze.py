@@ -134,7 +134,8 @@ def _freezable(model: nn.Module, kept: set[int]) -> Iterator[tuple[str, tuple[An
     named = dict(model.named_parameters(remove_duplicate=False))
     for module in _weight_modules(model):
         parameter = named.get(module.site)
-        if parameter is not None and id(parameter) not in kept and module.enabled:
+        idle = not module.enabled or (isinstance(module, Sparsifier) and module.sparsity is None)
+        if parameter is not None and id(parameter) not in kept and not idle:
             yield module.site, (module, parameter)
 
 
@@ -146,7 +147,7 @@ def _frozen(model: nn.Module, module: Any, parameter: nn.Parameter) -> nn.Module
         return FrozenSparsifier(module, module(weight).clone())
     sparsifier = _sparsifier_before(model, module.site)
     pruned = weight if sparsifier is None else sparsifier(weight)
-    dense = None if sparsifier is None else weight
+    dense = None if pruned is weight else weight  # a schedule may hold the pruning back
     found = quantize(pruned, module.spec, module.groups, dense=dense, step=module.step)
     return FrozenWeight(module, found, weight.dtype)
 

@@ -81,6 +81,15 @@ def test_tied_weights_stay_one():
     assert len([m for m in frozen.modules() if isinstance(m, FrozenWeight) and m.site == "rows.weight"]) == 1
 
 
+def test_pruning_that_has_not_begun_is_not_frozen_in():
+    model = prepared("A8W4-2:4", nn.Linear(8, 4), x := torch.randn(2, 8))
+    pruned = model(x)
+    model.qgraph.weight__sparsifier.sparsity = None
+    wanted = model(x)
+    assert not torch.allclose(wanted, pruned)
+    assert torch.allclose(qgraph.freeze(model)(x), wanted, atol=1e-6)
+
+
 def test_results_follow_the_type_of_the_model():
     layer = qgraph.freeze(prepared("W4", nn.Linear(8, 4), torch.randn(2, 8)))
     assert layer.qgraph.weight().dtype == torch.float32
