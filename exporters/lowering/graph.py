@@ -119,7 +119,8 @@ class _Lowering:
         self.target = target
         self.b = GraphBuilder(self.graph)
         self.records: dict[str, WeightRecord] = {}
-        self.activations: list[ActivationRecord] = []
+        self.activations: list[tuple[int, ActivationRecord]] = []  # each with its place in the traced graph
+        self.places = {node: i for i, node in enumerate(self.graph)}
         self.floats: dict[str, ir.Value] = {}
         self.texts: dict[str, str] = {}
         self.sums: dict[tuple[int, int | None], ir.Value] = {}
@@ -142,7 +143,8 @@ class _Lowering:
         remove_unused(self.graph)
         self.graph.opset_imports.pop(DOMAIN, None)
         records = {site: self.records[site] for site in map(_site, weights)}
-        return Lowered(records, self.activations, [n for n in self.b.nodes if n.graph is not None])
+        activations = [record for _, record in sorted(self.activations, key=lambda item: item[0])]
+        return Lowered(records, activations, [n for n in self.b.nodes if n.graph is not None])
 
     # weights
 
@@ -243,8 +245,12 @@ class _Lowering:
             with self.b.before(node):
                 self.quantized[key] = lower_activation(self.b, x, form, site)
         y = self.quantized[key]
-        self.activations.append(ActivationRecord(site, x, y))
+        self.note(node, ActivationRecord(site, x, y))
         self.replace(out, y)
+
+    def note(self, node: ir.Node, record: ActivationRecord) -> None:
+        """Keep what became of an activation. A site called twice is told apart by the order in the traced graph."""
+        self.activations.append((self.places[node], record))
 
     def _form(self, site: str) -> ActivationForm:
         form = self.collected.activations.get(site)

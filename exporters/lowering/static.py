@@ -28,7 +28,7 @@ from qgraph.exporters.packing import PackedWeight
 from qgraph.modules import ActivationForm
 
 if TYPE_CHECKING:
-    from qgraph.exporters.lowering.graph import ActivationRecord, WeightRecord, _Lowering
+    from qgraph.exporters.lowering.graph import WeightRecord, _Lowering
 
 DOMAIN = "qgraph"
 TIE = 1e-4  # in codes: what float32 leaves open of where a value lies between them
@@ -77,7 +77,7 @@ class Statics:
             with self.b.before(node):
                 self.by_value[key] = emit_quantize(self.b, x, form, site)
         self.codes[node] = self.by_value[key]
-        self._note(site, x, self.codes[node], TIE)
+        self._note(node, x, self.codes[node], TIE)
         return self.codes[node]
 
     def float_of(self, node: ir.Node) -> ir.Value:
@@ -99,7 +99,7 @@ class Statics:
             with self.b.before(node):
                 self.pairs[key] = qdq.emit_activation(self.b, x, form, site)
         y, codes = self.pairs[key]
-        self._note(site, x, codes, TIE)
+        self._note(node, x, codes, TIE)
         return y
 
     def product(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
@@ -197,17 +197,17 @@ class Statics:
         for end in chain.ends:
             end.replace_input_with(0, made.value)
             self.codes[end] = made
-            self._note(end.attributes["site"].as_string(), None, made, tie)
+            self._note(end, None, made, tie)
         for node in dict.fromkeys((*reversed(chain.moves), chain.affine.last, chain.conv)):
             self.lowering.remove(node)
         record.ops.append("Conv")
         record.forms.append(f"QLinearConv uint8 x {'int8' if is_signed(record.packed, codes.top) else 'uint8'}")
 
-    def _note(self, site: str, before: ir.Value | None, codes: Codes, tie: float) -> None:
+    def _note(self, node: ir.Node, before: ir.Value | None, codes: Codes, tie: float) -> None:
         from qgraph.exporters.lowering.graph import ActivationRecord
 
-        record: ActivationRecord = ActivationRecord(site, before, codes.value, codes.scale, codes.zero_point, tie)
-        self.lowering.activations.append(record)
+        site = node.attributes["site"].as_string()
+        self.lowering.note(node, ActivationRecord(site, before, codes.value, codes.scale, codes.zero_point, tie))
 
     def _replace(self, last: ir.Node, node: ir.Node, y: ir.Value, record: WeightRecord, op: str, form: str) -> None:
         """`y` in the place of the result of `last`; it and `node`, which it may be, go."""

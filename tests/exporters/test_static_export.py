@@ -160,6 +160,27 @@ def test_a_model_of_static_activations_is_what_was_trained(config, target, tmp_p
     assert np.array_equal(weight, model.second.qgraph.weight(model.second.weight).detach().numpy())
 
 
+class Twice(nn.Module):
+    """One convolution called twice, its second result alone seen by a static quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.last = (nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.twice(self.twice(x) + 1).relu())
+
+
+def test_the_calls_of_a_layer_are_told_apart(tmp_path):
+    torch.manual_seed(0)
+    model, x = qgraph.prepare(Twice(), "A8sW7"), torch.randn(2, 64, 6, 6)
+    qgraph.calibrate(model, [x])
+    report = qgraph.export(model, tmp_path / "m.onnx", (x,), dynamic_shapes={}, progress=False)
+    assert report.max_difference <= 1e-5
+    kernel = "MatMulIntegerToFloat uint8 x int8"
+    assert report.layers[0].form == f"QLinearConv uint8 x int8; windows, {kernel}"
+
+
 def test_groups_of_a_block_keep_the_float_product_and_say_so(tmp_path):
     torch.manual_seed(0)
     model = qgraph.prepare(nn.Linear(64, 64), "A8sW4@32")
