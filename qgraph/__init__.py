@@ -27,6 +27,7 @@ from qgraph.version import __version__
 
 if TYPE_CHECKING:
     from qgraph.analysis.compare import ModelComparison, compare
+    from qgraph.analysis.monitor import Monitor, monitor
     from qgraph.analysis.sensitivity import SensitivityReport, sensitivity
     from qgraph.exporters.onnx import export
     from qgraph.exporters.report import ExportReport
@@ -46,6 +47,7 @@ __all__ = [
     "InspectError",
     "Inspection",
     "ModelComparison",
+    "Monitor",
     "Pass",
     "PassContext",
     "PassError",
@@ -73,6 +75,7 @@ __all__ = [
     "freeze",
     "inspect",
     "load",
+    "monitor",
     "prepare",
     "save",
     "sensitivity",
@@ -86,10 +89,12 @@ __all__ = [
 _LAZY = {
     "ExportReport": "qgraph.exporters.report",
     "ModelComparison": "qgraph.analysis.compare",
+    "Monitor": "qgraph.analysis.monitor",
     "SensitivityReport": "qgraph.analysis.sensitivity",
     "compare": "qgraph.analysis.compare",
     "explore": "qgraph.inspection.explorer",
     "export": "qgraph.exporters.onnx",
+    "monitor": "qgraph.analysis.monitor",
     "sensitivity": "qgraph.analysis.sensitivity",
     "unpack": "qgraph.exporters.unpack",
     "verify": "qgraph.runtime",

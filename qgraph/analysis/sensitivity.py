@@ -221,9 +221,11 @@ class _Scores:
         if not self.bad:
             return
         if "float" in self.bad:
+            broken = [name for name, p in self.prepared.named_parameters() if not bool(torch.isfinite(p).all())]
+            why = f"not finite: {', '.join(broken[:4])}" if broken else "its weights are finite, look at the data"
             raise InspectError(
-                f"sensitivity: evaluate gives {self.bad['float']} for the float model, all quantizers off. Expected a "
-                f"finite number; look at the weights, qgraph.compare names the first layer with NaN."
+                f"sensitivity: evaluate gives {self.bad['float']} for the float model, all quantizers off ({why}). "
+                f"Expected a finite number; qgraph.compare names the first layer with NaN."
             )
         named = [name.split(" ", 2)[2] or "the model" for name in self.bad if " layer " in name]
         where = f", with {', '.join(named[:4])} alone" if named else ", for the quantized model"

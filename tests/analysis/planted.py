@@ -1,7 +1,8 @@
-"""Three small models, each with a place to spoil one layer of it."""
+"""Three small models, each with a place to spoil one layer of it, and ways to do so."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import qgraph
 from tests.models import CNN, GPT
 
 
@@ -39,3 +41,33 @@ PLANTED = {
         GPT, lambda: (torch.randint(0, 33, (2, 9)),), "blocks.1.mlp.0", "weight", ("wte", "wpe", "head")
     ),
 }
+
+# "channel": one output channel far larger than the others; "diverged": some weights thrown far off; "outlier": one.
+WEIGHT_DEFECTS = ("outlier", "channel", "diverged")
+DEFECTS = ("scale", "nan", *WEIGHT_DEFECTS)
+
+
+def planted(name: str, defect: str) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
+    """The float model, it prepared with one bad layer, and inputs.
+
+    What is wrong with the weight is so in both: it is the grid that suffers.
+    """
+    case = PLANTED[name]
+    model, inputs = case.make(), case.inputs()
+    config = qgraph.QConfig(weight=qgraph.QuantSpec(bits=8, method="lsq"))
+    if defect in WEIGHT_DEFECTS:
+        config = qgraph.QConfig.parse("W4@tensor").with_rules(*(qgraph.Rule(table, None) for table in case.tables))
+        weight = getattr(model.get_submodule(case.layer), case.weight).data
+        if defect == "outlier":
+            weight.view(-1)[0] = 3.0
+        elif defect == "channel":
+            weight[0] *= 30
+        else:
+            weight.view(-1)[::11] *= 30
+    prepared = qgraph.prepare(model, config, inputs)
+    step = getattr(prepared.get_submodule(f"{case.layer}.qgraph")[case.weight], "step", None)
+    if defect == "scale":
+        step.data.mul_(1000)
+    if defect == "nan":
+        step.data[0] = math.nan
+    return model, prepared, inputs

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 import qgraph
 from qgraph.errors import InspectError
-from tests.analysis.planted import PLANTED
 from tests.models import CNN, GPT
 
 
@@ -37,24 +36,6 @@ def distance(model, inputs):
 
 def switches(prepared):
     return {path: m.enabled for path, m in prepared.named_modules() if hasattr(m, "enabled")}
-
-
-@pytest.mark.parametrize("how", ["quantized", "float"])
-@pytest.mark.parametrize("name", PLANTED)
-@pytest.mark.parametrize("defect", ["scale", "outlier"])
-def test_a_planted_bad_layer_is_ranked_first(name, defect, how):
-    case = PLANTED[name]
-    model, inputs = case.make(), case.inputs()
-    config = qgraph.QConfig(weight=qgraph.QuantSpec(bits=8, method="lsq"))
-    if defect == "outlier":
-        config = qgraph.QConfig.parse("W4@tensor").with_rules(*(qgraph.Rule(name, None) for name in case.tables))
-        with torch.no_grad():
-            getattr(model.get_submodule(case.layer), case.weight).view(-1)[0] = 3.0
-    prepared = qgraph.prepare(model, config, inputs)
-    if defect == "scale":
-        prepared.get_submodule(f"{case.layer}.qgraph")[case.weight].step.data.mul_(1000)
-    found = qgraph.sensitivity(prepared, distance(model, inputs), how=how, lower_is_better=True)
-    assert found.worst.name == case.layer and found.worst.cost > 3 * max(0.0, found.layers[1].cost), str(found)
 
 
 def test_the_scores_are_those_of_the_switches_set_by_hand():
@@ -162,16 +143,6 @@ def test_a_model_that_captures_at_its_first_call():
     assert {row.name for row in found.layers} == {"conv1", "conv2", "fc"}
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_nan_of_one_layer_is_said_with_its_name(name):
-    case = PLANTED[name]
-    model, inputs = case.make(), case.inputs()
-    prepared = qgraph.prepare(model, qgraph.QConfig(weight=qgraph.QuantSpec(bits=8, method="lsq")), inputs)
-    prepared.get_submodule(f"{case.layer}.qgraph")[case.weight].step.data[0] = math.nan
-    with pytest.raises(InspectError, match=f"evaluate gives nan, with {case.layer} alone"):
-        qgraph.sensitivity(prepared, distance(model, inputs))
-
-
 def test_wrong_use_is_said():
     model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
     prepared = qgraph.prepare(model, "W2", inputs)
@@ -179,6 +150,10 @@ def test_wrong_use_is_said():
         qgraph.sensitivity(model, lambda m: 1.0)
     with pytest.raises(InspectError, match="found how='alone'"):
         qgraph.sensitivity(prepared, lambda m: 1.0, how="alone")
+    with pytest.raises(InspectError, match="nan, for the quantized model"):
+        qgraph.sensitivity(
+            prepared, lambda m: math.nan if m.conv1.qgraph["weight"].enabled and m.fc.qgraph["weight"].enabled else 1.0
+        )
     for value in (None, "0.5", torch.zeros(2)):
         with pytest.raises(InspectError, match="Expected a number"):
             qgraph.sensitivity(prepared, lambda m, value=value: value)
