@@ -149,7 +149,9 @@ void backward_group(const T* h, const T* x, const T* pruned, T* grad, long n, co
     double sum_hq = 0, sum_h = 0;
     float rest = 1 - s.slope, twice = 2 * rest, filler = s.offset;
     constexpr bool wide = sizeof(T) == sizeof(float);
-    const bool stored = wide && !plan.windowed;
+    float terms[CHUNK], outside[CHUNK];  // of a short group, so that its codes are computed once
+    const bool stored = n <= CHUNK || (wide && !plan.windowed);
+    float* kept = n <= CHUNK ? terms : (float*)grad;
     auto at = [&](long i, long count, V& f, V& source) LAMBDA {
         f = position<affine>(read(x, i, count, filler), s);
         source = sparse ? position<affine>(read(pruned, i, count, filler), s) : f;
@@ -159,7 +161,17 @@ void backward_group(const T* h, const T* x, const T* pruned, T* grad, long n, co
         V f, source, q = at(i, count, f, source), up = read(h, i, count, 0);
         hq_part += up * q;
         if (affine) h_part += up;
-        if (stored) write(grad, i, count, (f - q) + q * twice);
+        if (!stored) return;
+        V u = (f - q) + q * twice;
+        if (plan.windowed) {
+            V away = magnitude(source - plan.middle), far;
+            EACH {
+                u.part[k] = away.part[k] > plan.reach ? q.part[k] : u.part[k];
+                far.part[k] = away.part[k] > plan.reach ? F{} + 1 : F{};
+            }
+            write(outside, i, count, far);
+        }
+        write(kept, i, count, u);
     }, [&]() LAMBDA {
         sum_hq += total(hq_part); hq_part = all(0);
         if (affine) { sum_h += total(h_part); h_part = all(0); }
@@ -170,20 +182,22 @@ void backward_group(const T* h, const T* x, const T* pruned, T* grad, long n, co
     float constant = affine ? (float)(rest * mean_h - push * (mean_e + (double)twice * s.mean_q)) : 0;
     float slope = s.slope, level = affine ? (float)(mean_h - (double)push * s.mean_q) : 0;
     runs(n, [&](long i, long count) LAMBDA {
-        V up = read(h, i, count, 0), u, far_value = all(0), source = all(0);
+        V up = read(h, i, count, 0), u, far_value = all(0), far = all(0);
         if (stored) {
-            u = read(grad, i, count, 0);
+            u = read(kept, i, count, 0);
+            if (plan.windowed) {
+                far = read(outside, i, count, 0);
+                far_value = u * push + level;
+            }
         } else {
-            V f, q = at(i, count, f, source);
+            V f, source, q = at(i, count, f, source), away = magnitude(source - plan.middle);
+            EACH far.part[k] = away.part[k] > plan.reach ? F{} + 1 : F{};
             u = (f - q) + q * twice;
             far_value = q * push + level;
         }
         V g = u * push + up * slope;
         if (affine) g = g + constant;
-        if (plan.windowed) {
-            V away = magnitude(source - plan.middle);
-            EACH g.part[k] = away.part[k] > plan.reach ? far_value.part[k] : g.part[k];
-        }
+        if (plan.windowed) EACH g.part[k] = far.part[k] > 0 ? far_value.part[k] : g.part[k];
         write(grad, i, count, g);
     }, []() LAMBDA {});
 }
