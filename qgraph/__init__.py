@@ -26,6 +26,7 @@ from qgraph.schedules import FreezeMasks, ProgressiveBits, QuantizationStart, Sc
 from qgraph.version import __version__
 
 if TYPE_CHECKING:
+    from qgraph.analysis.allocate import Allocation, allocate, allocation
     from qgraph.analysis.compare import ModelComparison, compare
     from qgraph.analysis.monitor import Monitor, monitor
     from qgraph.analysis.sensitivity import SensitivityReport, sensitivity
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from qgraph.runtime import verify
 
 __all__ = [
+    "Allocation",
     "CalibrationError",
     "CaptureError",
     "CheckpointError",
@@ -64,6 +66,8 @@ __all__ = [
     "SparsityRamp",
     "SparsitySpec",
     "__version__",
+    "allocate",
+    "allocation",
     "cached_bytes",
     "calibrate",
     "clear_cache",
@@ -87,10 +91,13 @@ __all__ = [
 
 # These bring onnx and onnxruntime, or rich: imported when first asked for.
 _LAZY = {
+    "Allocation": "qgraph.analysis.allocate",
     "ExportReport": "qgraph.exporters.report",
     "ModelComparison": "qgraph.analysis.compare",
     "Monitor": "qgraph.analysis.monitor",
     "SensitivityReport": "qgraph.analysis.sensitivity",
+    "allocate": "qgraph.analysis.allocate",
+    "allocation": "qgraph.analysis.allocate",
     "compare": "qgraph.analysis.compare",
     "explore": "qgraph.inspection.explorer",
     "export": "qgraph.exporters.onnx",

@@ -156,7 +156,7 @@ def sensitivity(
         raise InspectError("sensitivity: no quantizer of the model is active. Switch them on with qgraph.set_enabled.")
     everything = {id(module) for held in layers.values() for module in held}
     units = [("layer", name, held) for name, held in layers.items()] + [("kind", *item) for item in kinds.items()]
-    with _bar(progress, len(units) + 2) as advance:
+    with progress_bar(progress, len(units) + 2) as advance:
         advance()
         scores.take("float", set())
         advance()
@@ -202,7 +202,7 @@ class _Scores:
             return
         versions = [p._version for p in self.prepared.parameters()]
         with _only(self.prepared, chosen):
-            score = _number(self.evaluate(self.prepared), name)
+            score = number_of(self.evaluate(self.prepared), name)
         if chosen is not None and [p._version for p in self.prepared.parameters()] != versions:
             raise InspectError("sensitivity: evaluate changed the weights. Expected a function that only evaluates.")
         if not math.isfinite(score):
@@ -235,7 +235,8 @@ class _Scores:
         )
 
 
-def _number(value: Any, name: str) -> float:
+def number_of(value: Any, name: str, asked: str = "sensitivity") -> float:
+    """What an `evaluate` returned, as a float; InspectError for what is no number."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     try:
@@ -244,8 +245,7 @@ def _number(value: Any, name: str) -> float:
         return float(value)
     except (TypeError, ValueError) as error:
         raise InspectError(
-            f"sensitivity: evaluate returned {type(value).__name__} for {name!r}. Expected a number, such as the "
-            f"accuracy."
+            f"{asked}: evaluate returned {type(value).__name__} for {name!r}. Expected a number, such as the accuracy."
         ) from error
 
 
@@ -317,7 +317,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _bar(progress: bool, total: int) -> Iterator[Callable[[], None]]:
+def progress_bar(progress: bool, total: int, name: str = "sensitivity") -> Iterator[Callable[[], None]]:
     """A bar on standard error, where that is a terminal."""
     if not progress or not sys.stderr.isatty():
         yield lambda: None
@@ -325,5 +325,5 @@ def _bar(progress: bool, total: int) -> Iterator[Callable[[], None]]:
     from rich.progress import Progress
 
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("sensitivity", total=total)
+        task = bar.add_task(name, total=total)
         yield lambda: bar.update(task, advance=1)

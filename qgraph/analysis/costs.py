@@ -1,0 +1,209 @@
+"""What each layer's weights cost at each width: in quality by evaluations, or by a proxy; and in bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qgraph.analysis.sensitivity import number_of, progress_bar
+from qgraph.config import QuantSpec
+from qgraph.errors import ConfigError, InspectError
+from qgraph.graph import SiteRecord
+from qgraph.inspection.prepared import site_values
+from qgraph.inspection.sizes import stored_bytes
+from qgraph.ops import fake_quantize, sparsify
+from qgraph.specs import TERNARY
+
+Evaluate = Callable[[nn.Module], float]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """Layers that get the same bits: one, or several that share a weight."""
+
+    paths: list[str]
+    sites: list[tuple[SiteRecord, Tensor]]
+
+    @property
+    def weights(self) -> int:
+        return sum(value.numel() for _, value in self.sites)
+
+    def bytes_at(self, bits: float) -> int:
+        return sum(_stored(record, value, spec_at(record, bits)) for record, value in self.sites)
+
+    def present_bytes(self) -> int:
+        return sum(_stored(record, value, record.weight) for record, value in self.sites)
+
+    def noise(self, bits: float) -> float:
+        """Of all its weights, over their power."""
+        lost = sum(float(error.square().sum(dtype=torch.float64)) for error in self.errors(bits))
+        power = sum(float(value.float().square().sum(dtype=torch.float64)) for _, value in self.sites)
+        return lost / power if power else 0.0
+
+    @torch.no_grad()
+    def errors(self, bits: float) -> Iterator[Tensor]:
+        """What quantization does to each weight, float32."""
+        for record, value in self.sites:
+            assert record.groups is not None
+            sparse = value if record.sparsity is None else sparsify(value, record.sparsity, record.groups)
+            dense = None if record.sparsity is None else value
+            yield (fake_quantize(sparse, spec_at(record, bits), record.groups, dense=dense) - value).float()
+
+
+def spec_at(record: SiteRecord, bits: float) -> QuantSpec:
+    """The spec of a site at other bits."""
+    spec = record.weight
+    assert spec is not None
+    if spec.learns:
+        raise ConfigError(
+            f"allocate: site '{record.name}' has {spec}, whose learned step belongs to its bits. Allocate with "
+            f"method='ddt', and give the rules of the result your method."
+        )
+    try:
+        return replace(spec, bits=bits, scheme="linear" if bits == TERNARY else spec.scheme)
+    except ConfigError as error:
+        raise ConfigError(f"allocate: site '{record.name}' cannot have {bits} bits: {error}") from error
+
+
+def _stored(record: SiteRecord, value: Tensor, spec: QuantSpec | None) -> int:
+    assert record.groups is not None
+    return stored_bytes(tuple(value.shape), spec, record.sparsity, record.groups)
+
+
+def units_of(model: nn.Module, widths: Sequence[float]) -> list[Unit]:
+    """One a layer with quantized weights; layers that share one are joined."""
+    units: list[Unit] = []
+    for record, value in site_values(model):
+        if record.quantizer is None or not record.quantizer.enabled:
+            continue
+        for bits in widths:
+            spec_at(record, bits)
+        joined = [unit for unit in units if record.path in unit.paths or _holds(unit, record.name)]
+        unit = joined[0] if joined else Unit([], [])
+        for other in joined[1:]:
+            unit.paths += other.paths
+            unit.sites += other.sites
+            units.remove(other)
+        if not joined:
+            units.append(unit)
+        if record.path not in unit.paths:
+            unit.paths.append(record.path)
+        if not _holds(unit, record.name):
+            unit.sites.append((record, value))
+    if not units:
+        raise InspectError(
+            "allocate: the model has no quantized weight that is switched on. Prepare it with one (W4), and with "
+            "example_inputs where weights are used in a forward of your own."
+        )
+    return units
+
+
+def _holds(unit: Unit, site: str) -> bool:
+    return any(record.name == site for record, _ in unit.sites)
+
+
+def evaluated_costs(
+    model: nn.Module, units: Sequence[Unit], widths: Sequence[float], evaluate: Evaluate, sign: int, progress: bool
+) -> list[list[float]]:
+    """Costs by evaluations: each layer alone at each width, the others at the widest."""
+    with _as_it_was(model), progress_bar(progress, len(units) * (len(widths) - 1) + 1, "allocate") as advance:
+
+        def score(name: str) -> float:
+            found = number_of(evaluate(model), name, "allocate")
+            advance()
+            if not math.isfinite(found):
+                raise InspectError(
+                    f"allocate: evaluate gives {found} for {name}. Expected a finite number; qgraph.compare names the "
+                    f"first layer with NaN."
+                )
+            return found
+
+        for unit in units:
+            _set(unit, widths[-1])
+        base = score(f"all layers at {widths[-1]} bits")
+        costs = []
+        for unit in units:
+            row = []
+            for bits in widths[:-1]:
+                _set(unit, bits)
+                row.append(sign * (base - score(f"{unit.paths[0] or 'the model'} alone at {bits} bits")))
+            _set(unit, widths[-1])
+            costs.append([*row, 0.0])
+    return costs
+
+
+def fisher_costs(
+    model: nn.Module,
+    units: Sequence[Unit],
+    widths: Sequence[float],
+    loss: Loss,
+    batches: Iterable[Any],
+    progress: bool,
+) -> list[list[float]]:
+    """Costs to second order: half the mean squared gradient times the squared noise, summed over the weights."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    watched = {record.name: parameters.get(record.name) for unit in units for record, _ in unit.sites}
+    if any(parameter is None for parameter in watched.values()):
+        computed = [name for name, parameter in watched.items() if parameter is None]
+        raise ConfigError(
+            f"allocate: how='fisher' needs gradients of {', '.join(computed[:3])}, which a forward computes from "
+            f"parameters. Use how='evaluate' or 'snr'."
+        )
+    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in watched.items() if p is not None}
+    found = 0
+    with _as_it_was(model), progress_bar(progress, 1, "allocate") as advance:
+        model.eval()
+        for unit in units:
+            _set(unit, widths[-1])
+        for batch in batches:
+            value = loss(model, batch)
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise InspectError("allocate: loss returned no tensor of one value with a gradient.")
+            if not bool(torch.isfinite(value)):
+                raise InspectError(f"allocate: loss gives {value.item()} at batch {found}. Expected a finite number.")
+            names = list(squares)
+            grads = torch.autograd.grad(value, [parameters[name] for name in names], allow_unused=True)
+            for name, grad in zip(names, grads, strict=True):
+                if grad is not None:
+                    squares[name] += grad.detach().float().square()
+            found += 1
+        advance()
+    if not found:
+        raise InspectError("allocate: batches is empty. Expected at least one batch for how='fisher'.")
+    return [
+        [
+            0.5 / found * sum(
+                float((squares[record.name] * error.square()).sum(dtype=torch.float64))
+                for (record, _), error in zip(unit.sites, unit.errors(bits), strict=True)
+            )
+            for bits in widths
+        ]
+        for unit in units
+    ]  # fmt: skip
+
+
+def _set(unit: Unit, bits: float) -> None:
+    for record, _ in unit.sites:
+        assert record.quantizer is not None
+        record.quantizer.spec = spec_at(record, bits)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put specs and modes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    specs = [(module, module.spec) for module, _ in modes if isinstance(getattr(module, "spec", None), QuantSpec)]
+    try:
+        yield
+    finally:
+        for module, spec in specs:
+            module.spec = spec
+        for module, training in modes:
+            module.training = training
