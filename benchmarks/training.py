@@ -98,8 +98,7 @@ def step_of(name: str, config: str) -> Step:
 def measure(name: str, options: argparse.Namespace, compiled: bool) -> list[dict[str, Any]]:
     """The ratio of every case to the one it is compared with, by medians over interleaved rounds."""
     cases = cases_of(name, options, compiled)
-    for step, _ in cases.values():
-        step()
+    for step, _ in cases.values():  # memory, graphs, compilation
         step()
     times: dict[str, list[float]] = {case: [] for case in cases}
     for done in range(options.rounds):
