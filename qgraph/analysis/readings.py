@@ -14,9 +14,11 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.ops import Groups, Quantized, quantize
+from qgraph.ops.codes import outside, work_dtype
 from qgraph.ops.ddt import centred_codes
 
 MIN_SLOPE = 1e-3  # of the regression: below it a group passes nothing straight through that could be told apart
+MIN_SPREAD = 1e-3  # of codes, which are integers: two that differ have at least 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,39 +166,60 @@ def corrective_share(operand: Operand) -> float | None:
 
     The closed-form gradient g is linear in the upstream gradient h and, in the notation of `qgraph.ops.ddt`, keeps
     ``mean(g) = mean(h)`` and ``mean(g qc) = m (a + (2 k mean(qc^2) + mean(e qc)) / V)``, so that h, which a
-    straight-through quantizer would have passed on, comes out of g. None for other methods, without a gradient, and
-    with scale "windowed", whose gradient says nothing of h outside the window.
+    straight-through quantizer would have passed on, comes out of g. With scale "windowed" a straight-through quantizer
+    passes nothing on outside the window, where g is ``mean(h) + (m / V) qc``: a line that gives both. Groups that do
+    not tell are left out. None for other methods, and without a gradient.
     """
     spec, grad = operand.spec, operand.grad
-    if grad is None or spec.method != "ddt" or spec.scale == "windowed":
+    if grad is None or spec.method != "ddt":
         return None
     dense = operand.groups.pieces(operand.weight)
     pruned = [None] * len(dense) if operand.pruned is None else operand.groups.pieces(operand.pruned)
     straight = corrective = 0.0
     for x, sparse, g in zip(dense, pruned, operand.groups.pieces(grad), strict=True):
-        h, usable = _upstream(x, sparse, g.to(x.dtype if x.dtype == torch.float64 else torch.float32), spec)
+        wide = g.to(work_dtype(x.dtype))
+        h, usable = _straight_through(x, sparse, wide, spec)
         straight += float((h * usable).square().sum(dtype=torch.float64))
-        corrective += float(((g - h) * usable).square().sum(dtype=torch.float64))
+        corrective += float(((wide - h) * usable).square().sum(dtype=torch.float64))
     if not straight + corrective > 0:
         return None
     beyond, through = math.sqrt(corrective), math.sqrt(straight)
     return beyond / (beyond + through)
 
 
-def _upstream(x: Tensor, sparse: Tensor | None, g: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """h, and the groups that it could be told for, shape (rows, groups, 1)."""
+def _straight_through(x: Tensor, sparse: Tensor | None, g: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """h, 0 outside the window, and the groups that it could be told for, shape (rows, groups, 1)."""
     qc, stats = centred_codes(x, sparse, spec)
     step, offset, _, mean_f, slope, ridge = stats.split(1, dim=-1)
+    affine = spec.scheme == "affine"
     rest = 1 - slope
     energy = qc.square().mean(-1, keepdim=True)
     factor = slope + (2 * rest * energy + slope * ridge - energy) / ridge
-    usable = (slope.abs() > MIN_SLOPE) & (factor.abs() > MIN_SLOPE)
-    push = (g * qc).mean(-1, keepdim=True) / ridge / torch.where(usable, factor, 1.0)
-    noise = (x.to(step.dtype) - offset) / step - mean_f - qc
-    h = g - push * (2 * rest * qc + noise)
-    if spec.scheme == "affine":
-        h = h - rest * g.mean(-1, keepdim=True)
-    return torch.where(usable, h / torch.where(usable, slope, 1.0), 0.0), usable
+    told = factor.abs() > MIN_SLOPE
+    push = (g * qc).mean(-1, keepdim=True) / ridge / torch.where(told, factor, 1.0)
+    level = g.mean(-1, keepdim=True) if affine else torch.zeros_like(push)
+    position = (x.to(step.dtype) - offset) / step
+    far = outside(position if sparse is None else (sparse.to(step.dtype) - offset) / step, spec)
+    if far is not None:
+        far_push, far_level, known = _line(qc, g, far.to(g.dtype), affine)
+        none = ~far.any(-1, keepdim=True)
+        push, level = torch.where(none, push, far_push), torch.where(none, level, far_level)
+        told = torch.where(none, told, known)
+    usable = told & (slope.abs() > MIN_SLOPE)
+    h = g - push * (2 * rest * qc + position - mean_f - qc) - rest * level
+    h = torch.where(usable, h / torch.where(usable, slope, 1.0), 0.0)
+    return h if far is None else h.masked_fill(far, 0.0), usable
+
+
+def _line(qc: Tensor, g: Tensor, far: Tensor, affine: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Slope and level of g over qc where `far` is 1, through 0 unless affine, and whether there is such a line."""
+    count = far.sum(-1, keepdim=True).clamp_(min=1)
+    centre_q = (qc * far).sum(-1, keepdim=True) / count if affine else torch.zeros_like(count)
+    centre_g = (g * far).sum(-1, keepdim=True) / count if affine else torch.zeros_like(count)
+    spread = ((qc - centre_q).square() * far).sum(-1, keepdim=True)
+    known = spread > MIN_SPREAD
+    slope = ((qc - centre_q) * (g - centre_g) * far).sum(-1, keepdim=True) / torch.where(known, spread, 1.0)
+    return slope, centre_g - slope * centre_q, known
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -14,9 +14,8 @@ from torch import nn
 import qgraph
 from qgraph.analysis.readings import NUMBERS
 from qgraph.errors import ConfigError, InspectError
-from qgraph.graph import quantizer_modules
-from qgraph.modules import WeightQuantizer
 from qgraph.ops import quantize
+from qgraph.ops.codes import outside, step_and_offset
 from tests.models import CASES, CNN
 
 
@@ -66,39 +65,55 @@ def test_numbers_are_those_of_their_definitions():
     assert readings[0][1][0].drift is None and readings[1][1][0].drift > 0
 
 
-@pytest.mark.parametrize("config", ["W1", "W1.58", "W2@8", "W4", "W4@tensor", "W8", "W2-2:4", "W1-50%", "A4W1-2:4@16"])
+MINMAX = [
+    qgraph.QuantSpec(1, scale="minmax"),
+    qgraph.QuantSpec(1.58),
+    qgraph.QuantSpec(2, granularity="block", group_size=8, scale="minmax"),
+    qgraph.QuantSpec(4),
+    qgraph.QuantSpec(4, granularity="tensor"),
+    qgraph.QuantSpec(8),
+]
+WINDOWED = [qgraph.QuantSpec(bits, scheme, scale="windowed") for bits in (1, 2) for scheme in ("affine", "linear")]
+CONFIGS = [
+    *(qgraph.QConfig(weight=spec) for spec in (*MINMAX, *WINDOWED)),
+    *(qgraph.QConfig.parse(text) for text in ("W1", "W2-2:4", "W1-50%", "A4W1-2:4@16")),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_the_straight_through_gradient_comes_out_of_the_closed_form_one(config):
-    prepared = net(config)
-    seen = {}
+    # Rows of 256 values: some of each lie outside the window on both sides, so that every group tells.
+    prepared = qgraph.prepare(nn.Sequential(nn.Linear(256, 16), nn.Tanh(), nn.Linear(16, 2, bias=False)), config)
+    prepared[0].weight.data.normal_()
+    site = prepared[0].qgraph["weight"]
+    seen = []
 
     def keep(module, args, output):
-        output.register_hook(lambda h: seen.setdefault(module.site, h))
+        output.register_hook(lambda h: seen.append(h.double()))
 
-    for module in quantizer_modules(prepared):
-        if isinstance(module, WeightQuantizer):
-            module.register_forward_hook(keep)
-    readings = []
-    watch = qgraph.monitor(prepared, every=3, callback=lambda step, found: readings.extend(found))
+    site.register_forward_hook(keep)
+    watch = qgraph.monitor(prepared, every=3, match="0*")
     for _ in range(3):
-        seen.clear()
         prepared.zero_grad()
-        prepared(torch.randn(16, 24)).square().mean().backward()
+        prepared(torch.randn(16, 256)).square().mean().backward()
         watch.step()
-    assert [reading.site for reading in readings] == sorted(seen) == ["0.weight", "2.weight"]
-    for reading in readings:
-        g, h = prepared.get_parameter(reading.site).grad.double(), seen[reading.site].double()
-        beyond, straight = float((g - h).norm()), float(h.norm())
-        # h is g divided by regression slopes near 1: a few float32 roundings, relative to both norms
-        assert reading.corrective == pytest.approx(beyond / (beyond + straight), abs=1e-4)
-        assert reading.corrective > 0
+    (reading,) = watch.summary().readings
+    weight = prepared[0].weight.detach()
+    g, h = prepared[0].weight.grad.double(), seen[-1]
+    if site.spec.scale == "windowed":
+        (piece,) = site.groups.pieces(weight)
+        step, offset = step_and_offset(piece, site.spec, False)
+        far = outside((piece - (0 if offset is None else offset)) / step, site.spec)
+        assert far.any(-1).all()
+        h = h.masked_fill(far.reshape(h.shape), 0.0)
+    beyond, straight = float((g - h).norm()), float(h.norm())
+    # h is g divided by regression slopes near 1: a few float32 roundings, relative to both norms
+    assert reading.corrective == pytest.approx(beyond / (beyond + straight), abs=1e-4)
+    assert reading.corrective > 0
 
 
 def test_other_methods_have_no_corrective_path():
-    for spec in (
-        qgraph.QuantSpec(2, method="ste"),
-        qgraph.QuantSpec(2, method="lsq"),
-        qgraph.QuantSpec(2, scale="windowed"),
-    ):
+    for spec in (qgraph.QuantSpec(2, method="ste"), qgraph.QuantSpec(2, method="lsq")):
         watch, _ = trained(net(qgraph.QConfig(weight=spec)), 3, every=3)
         assert [reading.corrective for reading in watch.summary().readings] == [None, None]
 
