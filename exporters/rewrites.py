@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qgraph.exporters.decompositions import DECOMPOSITIONS
+
 
 class Rewrites(TorchFunctionMode):
     """While active, calls of the table's functions become what it says; `used` collects what was written out."""
@@ -118,6 +120,7 @@ def subtracted_from(x: Tensor, other: Any, alpha: float = 1) -> Any:
 
 
 ALWAYS: Mapping[str, Callable[..., Any]] = {
+    **DECOMPOSITIONS,
     "grouped_mm": grouped_product,
     "_grouped_mm": grouped_product,
     "grouped_mm_fallback": grouped_product,
