@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qgraph.capture.calls import Constant, Rebuild
-from qgraph.capture.objects import check_own, rebuildable
+from qgraph.capture.objects import check_class, check_own, rebuildable
 from qgraph.capture.source import locate
 from qgraph.capture.state import find_attribute, is_weight
 from qgraph.capture.structure import Step, Unsupported, is_namedtuple, parts, walk
@@ -224,7 +224,10 @@ class Values:
             return self._graph.call_function(kind, ([(key, self.argument(item)) for key, item in value.items()],))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return self._dataclass(value)
-        if isinstance(value, type) or _importable(value):
+        if isinstance(value, type):
+            check_class(value)
+            return self._graph.call_function(Constant(value))
+        if _importable(value):
             return self._graph.call_function(Constant(value))
         if rebuildable(value):
             check_own(value)
@@ -252,6 +255,7 @@ class Values:
         elif kind is dict:
             node = self._graph.call_function(dict, ([(key, self.stored(item)) for key, item in value.items()],))
         elif rebuildable(value):
+            check_class(kind)
             node = self._graph.call_function(
                 Rebuild(kind), (), {name: self.stored(item) for name, item in vars(value).items()}
             )

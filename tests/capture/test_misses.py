@@ -232,3 +232,39 @@ def test_a_size_in_a_dict_of_a_child_gets_a_graph_for_each_size():
                 assert torch.equal(prepared(x), model(x))
                 assert len(calls) == 1 or turn == 0
     assert len(getattr(prepared, STATE).variants) == 4  # three in train, one in eval
+
+
+class ClassOfResults(nn.Module):
+    """Its result is held by a class that the forward makes."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.fc, self.kind = nn.Linear(4, 4), kind
+
+    def forward(self, x):
+        result = self.fc(x)
+        if self.kind == "type":
+            return type("Output", (), {"y": result})()
+        if self.kind == "class":
+            return type("Output", (), {"y": result})
+
+        class Held:
+            y = result
+
+        class Closure:
+            @property
+            def y(self):
+                return result
+
+        return Held() if self.kind == "attribute" else Closure()
+
+
+@pytest.mark.parametrize("kind", ["type", "attribute", "closure", "class"])
+def test_a_class_made_by_the_forward_is_not_replayed(kind):
+    model = ClassOfResults(kind)
+    prepared = qgraph.prepare(model, "A8W4", (torch.randn(3, 4),))
+    with qgraph.disabled(prepared):
+        for rows in (3, 3, 2):
+            x = torch.randn(rows, 4)
+            assert torch.equal(prepared(x).y, model(x).y)
+    assert coverage(prepared).sites == coverage(prepared).sites_quantized == 1
