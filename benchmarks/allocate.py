@@ -1,6 +1,6 @@
 """Mixed bits against uniform bits at the same size: the digits CNN and transformer of `qgraph demo`.
 
-Run: python benchmarks/allocate.py --json benchmarks/results/allocate.json      (some three minutes)
+Run: python benchmarks/allocate.py --json benchmarks/results/allocate.json      (some three minutes a seed)
 
 Each model is trained in float, prepared, and its bits are allocated within the bytes of a uniform config, once by
 evaluations on images held out of training, once by each proxy. All are scored on the test images as they are then, and
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def main() -> None:
         console.print(f"{row['model']}, seed {row['seed']}: {row['proxy']} against evaluations: {row['spearman']:.3f}")
     if options.json:
         conditions = {
-            "command": "python benchmarks/allocate.py",
+            "command": " ".join(["python", *sys.argv]),
             "torch": torch.__version__,
             "scipy": scipy.__version__,
             "processor": platform.processor() or platform.machine(),
