@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def main() -> None:
     Console(width=130).print(table)
     if options.json:
         conditions = {
-            "command": "python benchmarks/monitor.py",
+            "command": " ".join(["python", *sys.argv]),
             "torch": torch.__version__,
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgraph.analysis.sensitivity import number_of, progress_bar
+from qgraph.analysis.sensitivity import progress_bar, score_of
 from qgraph.config import QuantSpec
 from qgraph.errors import ConfigError, InspectError
 from qgraph.graph import SiteRecord
@@ -116,7 +116,7 @@ def evaluated_costs(
     with _as_it_was(model), progress_bar(progress, len(units) * (len(widths) - 1) + 1, "allocate") as advance:
 
         def score(name: str) -> float:
-            found = number_of(evaluate(model), name, "allocate")
+            found = score_of(evaluate, model, name, "allocate")
             advance()
             if not math.isfinite(found):
                 raise InspectError(

@@ -202,7 +202,7 @@ class _Scores:
             return
         versions = [p._version for p in self.prepared.parameters()]
         with _only(self.prepared, chosen):
-            score = number_of(self.evaluate(self.prepared), name)
+            score = score_of(self.evaluate, self.prepared, name)
         if chosen is not None and [p._version for p in self.prepared.parameters()] != versions:
             raise InspectError("sensitivity: evaluate changed the weights. Expected a function that only evaluates.")
         if not math.isfinite(score):
@@ -235,8 +235,15 @@ class _Scores:
         )
 
 
-def number_of(value: Any, name: str, asked: str = "sensitivity") -> float:
-    """What an `evaluate` returned, as a float; InspectError for what is no number."""
+def score_of(evaluate: Callable[[nn.Module], float], model: nn.Module, name: str, asked: str = "sensitivity") -> float:
+    """What `evaluate` gives for a model; InspectError for what is no number."""
+    try:
+        value = evaluate(model)
+    except ZeroDivisionError as error:
+        raise InspectError(
+            f"{asked}: evaluate divided by zero for {name!r}. Expected a number; does its loader hold any data? A "
+            f"generator that was gone through before is empty."
+        ) from error
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     try:

@@ -199,6 +199,8 @@ def test_wrong_use_is_said(monkeypatch):
         qgraph.allocate(qgraph.prepare(model, "A8", x), "2 bits", how="snr")
     with pytest.raises(InspectError, match="allocate: evaluate returned str"):
         qgraph.allocate(prepared, "2 bits", lambda m: "0.5")
+    with pytest.raises(InspectError, match="allocate: evaluate divided by zero for 'all layers at 8 bits'"):
+        qgraph.allocate(prepared, "3 bits", lambda m: 1 / len([]))
     with pytest.raises(InspectError, match="evaluate gives nan for 2 alone at 2 bits"):
         qgraph.allocate(
             prepared,

@@ -157,6 +157,14 @@ def test_wrong_use_is_said():
     for value in (None, "0.5", torch.zeros(2)):
         with pytest.raises(InspectError, match="Expected a number"):
             qgraph.sensitivity(prepared, lambda m, value=value: value)
+    batches = iter([torch.randn(2, 3, 16, 16)])
+
+    def mean_over(m):
+        found = [float(m(batch).detach().sum()) for batch in batches]
+        return sum(found) / len(found)
+
+    with pytest.raises(InspectError, match=r"divided by zero for 'float'.* does its loader hold any data"):
+        qgraph.sensitivity(prepared, mean_over)
     with pytest.raises(InspectError, match="inf for the float model"):
         qgraph.sensitivity(prepared, lambda m: math.inf)
 
