@@ -58,7 +58,7 @@ class Unit:
 
 
 def spec_at(record: SiteRecord, bits: float) -> QuantSpec:
-    """The spec of a site at other bits."""
+    """The spec of a site at other bits; where its scale is the default one, so is that of the result."""
     spec = record.weight
     assert spec is not None
     if spec.learns:
@@ -66,8 +66,10 @@ def spec_at(record: SiteRecord, bits: float) -> QuantSpec:
             f"allocate: site '{record.name}' has {spec}, whose learned step belongs to its bits. Allocate with "
             f"method='ddt', and give the rules of the result your method."
         )
+    scheme = "linear" if bits == TERNARY else spec.scheme
+    scale = None if spec.scale == replace(spec, scale=None).scale else spec.scale
     try:
-        return replace(spec, bits=bits, scheme="linear" if bits == TERNARY else spec.scheme)
+        return replace(spec, bits=bits, scheme=scheme, scale=scale)
     except ConfigError as error:
         raise ConfigError(f"allocate: site '{record.name}' cannot have {bits} bits: {error}") from error
 

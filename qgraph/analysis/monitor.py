@@ -32,6 +32,7 @@ from qgraph.analysis.readings import (
 )
 from qgraph.analysis.recorded import title_of
 from qgraph.analysis.symptoms import KINDS, Symptom, symptoms
+from qgraph.config import QuantSpec
 from qgraph.errors import ConfigError, InspectError
 from qgraph.graph import SiteRecord, is_prepared, matches_site, quantizer_modules, unwrapped
 from qgraph.inspection.prepared import site_values
@@ -199,8 +200,8 @@ class Monitor:
         self._first, self._measurements, self._closed = first_step, 0, False
         self._sites: dict[str, SiteRecord] = {}
         self._modules = -1
-        self._codes: list[dict[str, Tensor]] = []  # of the first two steps of a measurement
-        self._scales: dict[str, Tensor] = {}
+        self._codes: list[dict[str, tuple[QuantSpec, Tensor]]] = []  # of the first two steps of a measurement
+        self._scales: dict[str, tuple[QuantSpec, Tensor]] = {}
         self._last: dict[str, WeightReading] = {}
         self._symptoms: dict[tuple[str, str], Symptom] = {}
         self._file = None if csv is None else _opened(Path(csv))
@@ -220,7 +221,9 @@ class Monitor:
         if place == 0:
             self._codes = []
         if place < BURST - 1:
-            self._codes.append({site: small_codes(op.quantized()) for site, _, op in self._operands(grads=False)})
+            self._codes.append(
+                {site: (op.spec, small_codes(op.quantized())) for site, _, op in self._operands(grads=False)}
+            )
         elif place == BURST - 1 and len(self._codes) == BURST - 1:
             self._measure(step)
             self._codes = []
@@ -249,7 +252,7 @@ class Monitor:
             reading = self._reading(site, record, operand, found, step)
             readings.append(reading)
             assert found.scale is not None
-            self._scales[site] = found.scale
+            self._scales[site] = (operand.spec, found.scale)
             for symptom in symptoms(reading, operand.spec):
                 known = self._symptoms.get((site, symptom.kind))
                 self._symptoms[site, symptom.kind] = (
@@ -266,7 +269,8 @@ class Monitor:
             return plain
         usage, dead = usage_and_dead(operand, found)
         flips = returned = None
-        first, second = (codes.get(site) for codes in self._codes)
+        # A schedule may have given the weight other bits since: what was before is then another grid.
+        first, second = (_same_grid(codes.get(site), operand.spec) for codes in self._codes)
         if first is not None and second is not None and first.shape == second.shape:
             changed = first != second
             flips = float(changed.float().mean())
@@ -278,7 +282,7 @@ class Monitor:
             dead=dead,
             snr_db=snr_of(operand, found),
             scale=float(found.scale.abs().median()),
-            drift=drift_of(found.scale, self._scales.get(site)),
+            drift=drift_of(found.scale, _same_grid(self._scales.get(site), operand.spec)),
             flips=flips,
             returned=returned,
             corrective=None if problem is not None else corrective_share(operand),
@@ -341,6 +345,10 @@ class Monitor:
     def _parameter(self, record: SiteRecord, parameters: dict[str, nn.Parameter]) -> nn.Parameter | None:
         named = parameters.get(record.name)
         return named if named is not None and (not record.shape or tuple(named.shape) == record.shape) else None
+
+
+def _same_grid(known: tuple[QuantSpec, Tensor] | None, spec: QuantSpec) -> Tensor | None:
+    return known[1] if known is not None and known[0] == spec else None
 
 
 def _pruned(weight: Tensor, sparsifier: Sparsifier | None) -> Tensor | None:

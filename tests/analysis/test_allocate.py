@@ -228,6 +228,20 @@ def test_wrong_use_is_said(monkeypatch):
         qgraph.allocate(prepared, "3 bits", how="snr")
 
 
+def test_a_width_has_the_scale_that_its_notation_has():
+    model, x = net(), torch.randn(8, 16)
+    for text in ("W8@tensor", "W1@tensor"):
+        found = qgraph.allocation(qgraph.prepare(model, text, x), "2 bits", how="snr", candidates=(1, 2, 4))
+        layers = qgraph.inspect(qgraph.prepare(model, found.config, x)).layers
+        assert [layer.weight for layer in layers] == [
+            qgraph.QConfig.parse(f"W{layer.weight.bits}@tensor").weight for layer in layers
+        ]
+    chosen = qgraph.QConfig(weight=qgraph.QuantSpec(8, granularity="tensor", scale="absmean"))
+    found = qgraph.allocation(qgraph.prepare(model, chosen, x), "2 bits", how="snr", candidates=(1, 2))
+    layers = qgraph.inspect(qgraph.prepare(model, found.config, x)).layers
+    assert {layer.weight.scale for layer in layers} == {"absmean"}
+
+
 def test_sparse_weights_keep_their_pattern_and_scheme():
     model, x = net(), torch.randn(8, 16)
     prepared = qgraph.prepare(model, "W4-2:4@tensor", x)

@@ -206,6 +206,19 @@ def test_weights_that_a_forward_computes(name):
     assert all(math.isfinite(reading.snr_db) and reading.flips == 0 for reading in readings)
 
 
+def test_bits_that_a_schedule_changes_are_no_drift():
+    prepared = net("W4")
+    bits = qgraph.ProgressiveBits(prepared, {0: 8, 4: 3})
+    readings = []
+    watch = qgraph.monitor(prepared, every=3, match="0*", callback=lambda step, found: readings.extend(found))
+    for _ in range(9):
+        watch.step()
+        bits.step()
+    assert [reading.spec.split("-")[0] for reading in readings] == ["8", "3", "3"]
+    assert [reading.drift for reading in readings] == [None, None, 0.0]
+    assert [reading.flips for reading in readings] == [0.0, None, 0.0]
+
+
 def test_oscillation_is_seen():
     prepared = net("W4")
     watch = qgraph.monitor(prepared, every=3)
