@@ -19,7 +19,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_LOCAL := $(if $(and $(TORCH_BUILD),$(filter-out Darwin,$(shell uname -s))),+$(TORCH_BUILD))
 TORCH := torch==$(TORCH_VERSION)$(TORCH_LOCAL)
 
-.PHONY: demo test zoo lint typecheck format clean
+.PHONY: demo test zoo cells lint typecheck format clean
 
 demo: $(STAMP)
 	$(BIN)/qgraph demo $(ARGS)
@@ -31,6 +31,10 @@ test: $(STAMP)
 # Every model of tests/zoo, each in a process of its own: minutes. ARGS="--check capture,compile,export" for all checks.
 zoo: $(STAMP)
 	$(BIN)/python -m tests.zoo.run --jobs $(JOBS) --json zoo.json $(ARGS)
+
+# Every cell of the export (hours), or those that ARGS names: ARGS="--pairs --layer conv2d". A stopped run goes on.
+cells: $(STAMP)
+	$(BIN)/python -m tests.exporters.cells --jobs $(JOBS) --json cells.jsonl $(ARGS)
 
 lint: $(STAMP) typecheck
 	$(BIN)/ruff format --check .

@@ -1,46 +1,38 @@
-"""Layers with quantizers placed by hand, many to a model, so that one export covers many cells of the
-matrix.
+"""The table of export cells: every layer, width, granularity, sparsity, activation and target, exported and checked.
+
+    python -m tests.exporters.cells [--layer linear-2d conv2d] [--pairs] [--json cells.json] [--table docs/cells.md]
+
+A cell passes when `qgraph.export` wrote a file with it: onnx.checker took it, and onnxruntime, with and without its
+optimizer, agreed with torch on two batch sizes. Results are appended to the JSON lines file as they come; what passed
+there is not run again. `--pairs` runs the fewest cells that hold every pair of values.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qgraph.config import QuantSpec, SparsitySpec
-from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
-from qgraph.ops import Groups
+import qgraph
+from tests.exporters.cells_table import markdown
+from tests.exporters.layers import KINDS, Cell, Many, settled
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One combination: weight width, weight granularity, sparsity, activation quantizer."""
-
-    bits: float = 4
-    granularity: str = "channel"  # tensor, channel, or the length of a block
-    sparsity: str | None = None
-    activation: str | None = None  # bits and method of the activation, A8@32 as "8@32"
-
-    def weight_spec(self) -> QuantSpec:
-        block = int(self.granularity) if self.granularity.isdigit() else None
-        scheme = "linear" if self.sparsity or self.bits == 1.58 else None
-        return QuantSpec(self.bits, scheme, "block" if block else self.granularity, block)
-
-    def activation_spec(self) -> QuantSpec | None:
-        if self.activation is None:
-            return None
-        bits, _, block = self.activation.partition("@")
-        if block and bits == "8":
-            return QuantSpec(8, "linear", "block", int(block), method="ste")
-        if block:
-            return QuantSpec(float(bits), granularity="block", group_size=int(block))
-        return QuantSpec(float(bits), granularity="token")
-
-
-# A covering sample: every width, every granularity, every sparsity and every activation, most pairs of them.
+# What CI runs: every width, every granularity, every sparsity and every activation, most pairs of them.
 CELLS = (
     Cell(1, "channel"),
     Cell(1, "32", activation="1"),
@@ -55,184 +47,180 @@ CELLS = (
     Cell(4, "channel", activation="8"),
     Cell(4, "32", activation="8@32"),
     Cell(4, "tensor", activation="4@32"),
-    Cell(5, "channel", "2:4", "8@32"),
+    Cell(5, "channel", "4:8", "8@32"),
     Cell(6, "32", "70%"),
     Cell(7, "tensor"),
     Cell(8, "channel", activation="1"),
     Cell(8, "32", activation="8@32"),
+    Cell(7, "channel", activation="8s"),
+    Cell(1.58, "tensor", "90%", "8s"),
+    Cell(4, "64", "3:7", "8s"),
+    Cell(2, "128", "1:8"),
 )
 
+BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8)
+GRANULARITIES = ("tensor", "channel", "32", "64", "128", "256", "ragged")  # ragged: 32, and no row is a multiple
+SPARSITIES = (None, "2:4", "1:4", "1:8", "4:8", "3:7", "70%", "90%")
+ACTIVATIONS = (None, "8", "4", "2", "1", "8s")  # in the weight's blocks where it has some, as in the notation
+TARGETS = ("standard", "ort")
+TOGETHER = 24  # cells of one model
 
-class Weight(nn.Module):
-    """A parameter behind its sparsifier and quantizer."""
-
-    def __init__(self, shape: tuple[int, ...], cell: Cell, site: str, axis: int = 0) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.randn(shape) * 0.3 + 0.05)
-        spec = cell.weight_spec()
-        groups = Groups.for_weight(spec, axis)
-        sparsity = None if cell.sparsity is None else SparsitySpec.parse(cell.sparsity)
-        self.sparsifier = None if sparsity is None else Sparsifier(sparsity, groups.sparsity_rows(), site)
-        self.quantizer = WeightQuantizer(spec, groups, site)
-
-    def forward(self) -> Tensor:
-        if self.sparsifier is None:
-            return self.quantizer(self.value)
-        return self.quantizer(self.sparsifier(self.value), self.value)
+Key = tuple[str, float, str, str | None, str | None, str]  # layer, bits, granularity, sparsity, activation, target
 
 
-class Layer(nn.Module):
-    """What all kinds share: `self.weight()` and `self.act(x)`."""
-
-    conv = False
-
-    def __init__(self, cell: Cell, path: str, shape: tuple[int, ...], axis: int = 0) -> None:
-        super().__init__()
-        self.weight = Weight(shape, cell, f"{path}.weight", axis)
-        spec = cell.activation_spec()
-        groups = Groups.for_activation(spec, self.conv)
-        self.quantize = None if spec is None else ActivationQuantizer(spec, groups, f"{path}.input")
-
-    def act(self, x: Tensor) -> Tensor:
-        return x if self.quantize is None else self.quantize(x)
+def cells_of(layer: str, target: str) -> list[Key]:
+    """Every cell of a layer; an embedding has no activation."""
+    activations = (None,) if layer == "embedding" else ACTIVATIONS
+    axes = itertools.product(BITS, GRANULARITIES, SPARSITIES, activations)
+    return [(layer, *values, target) for values in axes]
 
 
-class Linear(Layer):
-    def __init__(self, cell: Cell, path: str) -> None:
-        super().__init__(cell, path, (72, 80))  # 80: a ragged last block of 32
-        self.bias = nn.Parameter(torch.randn(72))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.act(x), self.weight(), self.bias)
-
-
-class Matmul(Layer):
-    def __init__(self, cell: Cell, path: str) -> None:
-        super().__init__(cell, path, (80, 72), axis=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x) @ self.weight()
+def covering(cells: Sequence[Key], seed: int = 0) -> list[Key]:
+    """A few of them that hold every pair of two axes' values."""
+    rest = random.Random(seed).sample(list(cells), len(cells))
+    pairs = {key: set(itertools.combinations(enumerate(key), 2)) for key in rest}
+    missing = set().union(*pairs.values())
+    chosen = []
+    while missing:
+        best = max(rest, key=lambda key: len(pairs[key] & missing))
+        chosen.append(best)
+        missing -= pairs[best]
+    return chosen
 
 
-class Conv1d(Layer):
-    conv = True
-
-    def __init__(self, cell: Cell, path: str) -> None:
-        super().__init__(cell, path, (8, 12, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv1d(self.act(x), self.weight(), padding=1)
+def batches(cells: Iterable[Key]) -> Iterator[tuple[Key, ...]]:
+    """Cells that go into one model: of a layer, an input size and a target."""
+    for _, found in itertools.groupby(sorted(cells, key=_model), key=_model):
+        yield from _batched(list(found))
 
 
-class Conv2d(Layer):
-    conv = True
-
-    def __init__(self, cell: Cell, path: str) -> None:
-        super().__init__(cell, path, (8, 6, 3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.act(x), self.weight(), stride=2, groups=2)
+def _model(key: Key) -> tuple[str, bool, str]:
+    return key[0], key[2] == "ragged", key[5]
 
 
-class Conv3d(Layer):
-    conv = True
-
-    def __init__(self, cell: Cell, path: str) -> None:
-        super().__init__(cell, path, (6, 4, 2, 3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv3d(self.act(x), self.weight())
+def _batched(found: list[Key]) -> Iterator[tuple[Key, ...]]:
+    for start in range(0, len(found), TOGETHER):
+        yield tuple(found[start : start + TOGETHER])
 
 
-class ConvTranspose2d(Layer):
-    conv = True
-
-    def __init__(self, cell: Cell, path: str) -> None:
-        super().__init__(cell, path, (12, 8, 3, 3), axis=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose2d(self.act(x), self.weight(), stride=2)
-
-
-class Embedding(Layer):
-    def __init__(self, cell: Cell, path: str) -> None:
-        super().__init__(replace(cell, activation=None), path, (50, 44))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight())
+def cell(key: Key) -> Cell:
+    """The layer's quantizers."""
+    layer, bits, granularity, sparsity, activation, _ = key
+    granularity = "32" if granularity == "ragged" else granularity
+    blocks = granularity.isdigit() and not layer.startswith("conv")  # a convolution's rows are samples
+    if activation is not None and blocks and activation != "8s":
+        activation = f"{activation}@{granularity}"
+    return Cell(bits, granularity, sparsity, activation)
 
 
-class Recurrent(nn.Module):
-    """Two layers, both directions, batch first, with initial states."""
-
-    gates = 4
-
-    def __init__(self, cell: Cell, path: str) -> None:
-        super().__init__()
-        self.hidden = 20
-        sizes = {"ih_l0": 36, "hh_l0": 20, "ih_l0_reverse": 36, "hh_l0_reverse": 20}
-        sizes |= {"ih_l1": 40, "hh_l1": 20, "ih_l1_reverse": 40, "hh_l1_reverse": 20}
-        rows = self.gates * self.hidden
-        self.weights = nn.ModuleDict(
-            {name: Weight((rows, size), cell, f"{path}.weight_{name}") for name, size in sizes.items()}
-        )
-        self.biases = nn.ParameterDict({name: nn.Parameter(torch.randn(rows) * 0.1) for name in sizes})
-        spec = cell.activation_spec()
-        self.quantize = None
-        if spec is not None:
-            self.quantize = ActivationQuantizer(spec, Groups.for_activation(spec, False), f"{path}.input")
-
-    def flat(self) -> list[Tensor]:
-        weights: list[Tensor] = []
-        for suffix in ("l0", "l0_reverse", "l1", "l1_reverse"):
-            names = (f"ih_{suffix}", f"hh_{suffix}")
-            weights += [self.weights[name]() for name in names]
-            weights += [self.biases[name] for name in names]
-        return weights
-
-    def act(self, x: Tensor) -> Tensor:
-        return x if self.quantize is None else self.quantize(x)
-
-    def state(self, x: Tensor) -> Tensor:
-        return x.new_full((4, x.shape[0], self.hidden), 0.25)
+def run(keys: Sequence[Key]) -> list[dict[str, Any]]:
+    """Export these cells as one model; where that fails, halves of them, down to the cells that fail."""
+    started = time.perf_counter()
+    try:
+        results = _export(keys)
+    except Exception as error:
+        if len(keys) == 1:
+            return [_result(keys[0], failure=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - started)]
+        middle = len(keys) // 2
+        results = run(keys[:middle]) + run(keys[middle:])
+        if any("failure" in result for result in results):
+            return results
+        return [result | {"failure": f"in one model with others: {error}"} for result in results]
+    seconds = (time.perf_counter() - started) / len(keys)
+    return [result | {"seconds": round(seconds, 3)} for result in results]
 
 
-class LSTM(Recurrent):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.state(x)
-        y, last, cell = torch._VF.lstm(self.act(x), (h, h * 2), self.flat(), True, 2, 0.0, False, True, True)
-        return torch.cat([y.mean(1), last[0], cell[-1]], -1)
+def _export(keys: Sequence[Key]) -> list[dict[str, Any]]:
+    layer, target = keys[0][0], keys[0][5]
+    kind = KINDS[layer]
+    size = kind.ragged if keys[0][2] == "ragged" else kind.whole
+    torch.manual_seed(0)
+    x = kind.example(size)
+    model = settled(Many(kind, tuple(map(cell, keys)), size), x)
+    shapes = {"x": {0: "batch"}}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "cells.onnx")
+        report = qgraph.export(model, file, (x,), target=target, dynamic_shapes=shapes, progress=False)
+    found = []
+    for index, key in enumerate(keys):
+        layers = [item for item in report.layers if item.path == f"layers.{index}" and item.shape]
+        if not layers:
+            raise AssertionError(f"{key}: its layer is not in the report")
+        differences = [item.max_difference for item in layers if item.max_difference is not None]
+        forms = sorted({f"{item.op} {item.form}" for item in layers})
+        found.append(_result(key, form="; ".join(forms), difference=max(differences, default=None)))
+    return found
 
 
-class GRU(Recurrent):
-    gates = 3
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.state(x)
-        y, last = torch._VF.gru(self.act(x), h, self.flat(), True, 2, 0.0, False, True, True)
-        return torch.cat([y.mean(1), last[0]], -1)
+def _result(key: Key, **found: Any) -> dict[str, Any]:
+    return {"cell": list(key), **found}
 
 
-class Many(nn.Module):
-    """One layer of a kind per cell, all fed the same input; one output each."""
+def read(path: Path | None) -> dict[Key, dict[str, Any]]:
+    """Results of an earlier run, the last of each cell; a line cut short is left out."""
+    known: dict[Key, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        known[tuple(found["cell"])] = found
+    return known
 
-    def __init__(self, kind: type[nn.Module], cells: tuple[Cell, ...]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(kind(cell, f"layers.{i}") for i, cell in enumerate(cells))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(layer(x) for layer in self.layers)
+def _alone() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
 
 
-KINDS = {
-    "linear-2d": (Linear, lambda: torch.randn(5, 80)),
-    "linear-3d": (Linear, lambda: torch.randn(3, 7, 80)),
-    "matmul": (Matmul, lambda: torch.randn(3, 7, 80)),
-    "conv1d": (Conv1d, lambda: torch.randn(3, 12, 15)),
-    "conv2d": (Conv2d, lambda: torch.randn(3, 12, 9, 9)),
-    "conv3d": (Conv3d, lambda: torch.randn(3, 4, 4, 6, 6)),
-    "conv-transpose2d": (ConvTranspose2d, lambda: torch.randn(3, 12, 5, 5)),
-    "embedding": (Embedding, lambda: torch.randint(0, 50, (3, 7))),
-    "lstm": (LSTM, lambda: torch.randn(3, 7, 36)),
-    "gru": (GRU, lambda: torch.randn(3, 7, 36)),
-}
+def run_all(wanted: Sequence[Key], jobs: int, file: Path | None, console: Console) -> dict[Key, dict[str, Any]]:
+    """Run what has not passed yet, in processes; every result is written as soon as it is there."""
+    known = read(file)
+    todo = [key for key in wanted if key not in known or "failure" in known[key]]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    context = multiprocessing.get_context("spawn")
+    with (
+        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress,
+        concurrent.futures.ProcessPoolExecutor(jobs, context, _alone) as pool,
+        open(file or os.devnull, "a", encoding="utf-8") as out,
+    ):
+        if file is not None and file.read_bytes()[-1:] not in (b"", b"\n"):
+            out.write("\n")  # after a line cut short
+        bar = progress.add_task("cells", total=len(wanted), completed=len(wanted) - len(todo))
+        for future in concurrent.futures.as_completed([pool.submit(run, keys) for keys in batches(todo)]):
+            for found in future.result():
+                key = tuple(found["cell"])
+                known[key] = found
+                out.write(json.dumps(found) + "\n")
+                if "failure" in found:
+                    console.print(f"FAILS {key}: {found['failure']}", markup=False, highlight=False)
+            out.flush()
+            progress.update(bar, completed=sum(key in known and "failure" not in known[key] for key in wanted))
+    return known
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layer", nargs="*", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--target", nargs="*", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--pairs", action="store_true", help="the cells that hold every pair of values")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="JSON lines: appended to, and gone on from")
+    parser.add_argument("--table", type=Path, help="write what the JSON file holds as Markdown")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    spaces = {place: cells_of(*place) for place in itertools.product(options.layer, options.target)}
+    chosen = [covering(cells) if options.pairs else cells for cells in spaces.values()]
+    wanted = list(itertools.chain.from_iterable(chosen))
+    console = Console(stderr=True)
+    known = run_all(wanted, options.jobs, options.json, console)
+    failed = [key for key in wanted if "failure" in known[key]]
+    console.print(f"{len(wanted) - len(failed)} of {len(wanted)} cells pass")
+    if options.table:
+        totals = {place: len(cells_of(*place)) for place in itertools.product(KINDS, TARGETS)}
+        options.table.write_text(markdown(known.values(), totals), encoding="utf-8")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qgraph.exporters.onnx import export
-from tests.exporters.cells import CELLS, KINDS, Many
+from tests.exporters.cells import CELLS
+from tests.exporters.layers import KINDS, Many, settled
 
 TOLERANCE = 1e-5  # of the largest output: float32 sums of up to a hundred terms in another order
 FEWER = {"lstm": CELLS[::2], "gru": CELLS[1::2]}  # eight weights a cell
@@ -25,9 +26,10 @@ def run(path, x, level):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_cell(kind, target, tmp_path):
     torch.manual_seed(0)
-    make, example = KINDS[kind]
+    layer = KINDS[kind]
     cells = FEWER.get(kind, CELLS)
-    model, x, path = Many(make, cells).eval(), example(), tmp_path / "model.onnx"
+    x, path = layer.example(layer.ragged), tmp_path / "model.onnx"
+    model = settled(Many(layer, cells, layer.ragged), x)
     report = export(model, path, (x,), target=target)
 
     assert {layer.path for layer in report.layers} >= {f"layers.{i}" for i in range(len(cells))}
@@ -49,9 +51,9 @@ def test_every_cell(kind, target, tmp_path):
 @pytest.mark.parametrize("target", ["standard", "ort"])
 def test_the_file_holds_the_codes_and_little_else(target, cell, tmp_path):
     torch.manual_seed(0)
-    make, example = KINDS["linear-3d"]
-    path = tmp_path / "model.onnx"
-    report = export(Many(make, (cell,) * 6), path, (example(),), target=target, verify=False, dynamic_shapes={})
+    layer = KINDS["linear-3d"]
+    x, path = layer.example(layer.ragged), tmp_path / "model.onnx"
+    report = export(Many(layer, (cell,) * 6, layer.ragged), path, (x,), target=target, verify=False, dynamic_shapes={})
     proto = onnx.load(path)
     assert report.file_bytes == path.stat().st_size
     assert report.file_bytes <= 1.02 * report.ideal_bytes + 16 * 1024
