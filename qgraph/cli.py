@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DB",
         help="exit with 1 if a layer's signal-to-noise ratio is below; NaN does so in any case",
     )
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios too, as .png, .svg or .pdf")
     _takes_inputs(compare)
 
     export = _command(commands, "export", _export, "a saved checkpoint as an ONNX file")
@@ -217,14 +218,18 @@ def _compare(options: argparse.Namespace) -> int:
 
         sides[1] = prepare(sides[1], options.config, example)
     found = compare(sides[0], sides[1], example)
+    plot = None if options.plot is None else str(found.plot(options.plot, threshold=options.threshold))
     drop = found.first_drop(float("-inf") if options.threshold is None else options.threshold)
     if options.json:
         data = {**found.to_dict(), "threshold": options.threshold, "first_drop": drop.to_dict() if drop else None}
+        data |= {} if plot is None else {"plot": plot}
         _print_json(data)
     else:
         print(found)
         if drop:
             print(f"first drop: {drop.name}")
+        if plot:
+            print(f"plot: {plot}")
     return WRONG if drop else 0
 
 

@@ -117,6 +117,30 @@ class ModelComparison:
             "only_b": list(self.only_b),
         }
 
+    def plot(self, path: str | os.PathLike[str], *, threshold: float | None = None) -> Path:
+        """Draw the ratio of each layer, in the order of execution.
+
+        Parameters
+        ----------
+        path : str or path
+            Ends in .png, .svg or .pdf.
+        threshold : float, optional
+            In dB: drawn as a line, and the first layer below it is marked.
+
+        Returns
+        -------
+        Path
+            Of the file, absolute.
+
+        Raises
+        ------
+        InspectError
+            For another suffix, a folder that does not exist, or without matplotlib (extra `plot`).
+        """
+        from qgraph.analysis.plot import save_plot
+
+        return save_plot(self, Path(path), threshold)
+
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield f"a: {self.titles[0]}\nb: {self.titles[1]}"
         table = Table()

@@ -201,3 +201,18 @@ def test_wrong_use_is_said(tmp_path):
         qgraph.compare(model, ours, x)
     with pytest.raises(InspectError, match="does not run on the inputs"):
         qgraph.compare(ours, ours, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_comparison_is_drawn(kind, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(16, 8)
+    found = qgraph.compare(model, qgraph.prepare(model, "W2", x), x)
+    path = found.plot(tmp_path / f"layers.{kind}", threshold=10.0)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG" if kind == "png" else b"<?xml") and not list(tmp_path.glob(".*"))
+    with pytest.raises(InspectError, match=r"found the suffix '\.txt'; expected one of \.png"):
+        found.plot(tmp_path / "layers.txt")
+    with pytest.raises(InspectError, match="its folder does not exist"):
+        found.plot(tmp_path / "none" / "layers.png")
