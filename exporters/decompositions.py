@@ -86,8 +86,8 @@ def largest_so_far(input: Tensor, dim: int) -> Any:
     pairs, earlier = _up_to_each(input, dim)
     last = pairs.shape[-1] - 1
     known = pairs.masked_fill(~earlier, -math.inf)
-    found = known.amax(-1), last - known.flip(-1).argmax(-1)  # of equal values torch takes the last
-    return torch.return_types.cummax([part.movedim(-1, dim) for part in found])
+    values, indices = known.amax(-1), last - known.flip(-1).argmax(-1)  # of equal values torch takes the last
+    return torch.return_types.cummax((values.movedim(-1, dim), indices.movedim(-1, dim)))
 
 
 def smallest_so_far(input: Tensor, dim: int) -> Any:
@@ -98,7 +98,7 @@ def smallest_so_far(input: Tensor, dim: int) -> Any:
     if not input.is_floating_point():
         return NotImplemented
     values, indices = largest_so_far(-input, dim)
-    return torch.return_types.cummin([-values, indices])
+    return torch.return_types.cummin((-values, indices))
 
 
 def product_so_far(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -154,9 +154,9 @@ def _up_to_each(input: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return pairs, places <= places.unsqueeze(-1)
 
 
-def _kth(input: Tensor, k: Any, dim: int, keepdim: bool) -> list[Tensor]:
-    found = [part.narrow(dim, k - 1, 1) for part in input.sort(dim)]
-    return found if keepdim else [part.squeeze(dim) for part in found]
+def _kth(input: Tensor, k: Any, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
+    values, indices = (part.narrow(dim, k - 1, 1) for part in input.sort(dim))
+    return (values, indices) if keepdim else (values.squeeze(dim), indices.squeeze(dim))
 
 
 DECOMPOSITIONS: Mapping[str, Callable[..., Any]] = {
