@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -80,16 +81,15 @@ def _counts(run: Results, totals: Mapping[tuple[str, str], int]) -> str:
     lines = [
         "## What was run\n",
         "The largest difference is that of a layer's output, relative to its largest value.\n",
-        "| layer | target | cells run | of | pass | largest difference | seconds a cell |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| layer | target | cells run | of | pass | largest difference |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for (layer, target), items in run.items():
         passed = [item for item in items if "failure" not in item]
         differences = [item["difference"] for item in passed if item["difference"] is not None]
         worst = f"{max(differences):.0e}" if differences else ""
-        seconds = sum(item.get("seconds", 0) for item in items) / len(items)
         of = totals[layer, target]
-        lines.append(f"| {layer} | {target} | {len(items)} | {of} | {len(passed)} | {worst} | {seconds:.2f} |")
+        lines.append(f"| {layer} | {target} | {len(items)} | {of} | {len(passed)} | {worst} |")
     ran = sum(len(items) for items in run.values())
     lines.append(f"\n{ran:,} of {sum(totals.values()):,} cells.\n")
     return "\n".join(lines)
@@ -100,7 +100,7 @@ def _forms(run: Results) -> str:
     lines = [
         "## Forms\n",
         "The values that each form was seen with, axis by axis. `unpacked`: packed bytes, unpacked when the file is",
-        "loaded.\n",
+        "loaded; `packed rows`: only the rows asked for are unpacked.\n",
         "| layer | target | form | weights | granularity | sparsity | activations | cells |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -118,7 +118,9 @@ def _forms(run: Results) -> str:
 
 def _form(text: str) -> str:
     """Without what the packing of codes is called: it follows from width and sparsity."""
-    forms = {part.split(" unpacked ")[0] + " unpacked" if " unpacked " in part else part for part in text.split("; ")}
+    forms = {
+        re.sub(r" unpacked .*", " unpacked", re.sub(r" packed rows, .*", " packed rows", f)) for f in text.split("; ")
+    }
     return "; ".join(sorted(forms))
 
 
