@@ -34,7 +34,7 @@ is kept in `cells.jsonl`, and a stopped run goes on from there.
 | weights | 1, 1.58, 2, 3, 4, 5, 6, 7, 8 bits |
 | granularity | tensor, channel, blocks of 32, 64, 128, 256; ragged: blocks of 32 in rows that are no multiple of it |
 | sparsity | dense, 2:4, 1:4, 1:8, 4:8, 3:7, 70 %, 90 % |
-| activations | float; 8, 4, 2, 1 bits (in the weight's blocks, if any; one scale a sample at convolutions); 8s: 8 bits, static |
+| activations | float; 8, 4, 2, 1 bits (in the weight's blocks; at convolutions one scale a sample); 8s: 8, static |
 | target | standard, ort |
 
 Layers are tiny, so the forms for large ones (an integer convolution, a chain of them) show in `docs/static.md` instead.
