@@ -156,7 +156,7 @@ WEIGHTS = {
     "experts": Op(
         "v",
         "top$n = self.gate$n($x).argmax(-1)\n$r = torch.zeros_like($x)\nfor e in range(2):\n"
-        "    rows = torch.where(top$n == e)[0]\n    if rows.numel():\n        $r[rows] = $x[rows] @ self.w$n[e]",
+        "    rows = torch.where(top$n == e)[0]\n    $r[rows] = $x[rows] @ self.w$n[e]",
         "self.gate$n = nn.Linear(4, 2)\nself.w$n = nn.Parameter(torch.randn(2, 4, 4) * 0.5)",
     ),
     "soft_experts": Op(
