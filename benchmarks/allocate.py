@@ -17,7 +17,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +145,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, rate: float, seed
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), rate)
     steps = epochs * (len(x) // BATCH)
-    decay: Callable[[int], float] = lambda step: 1 - step / steps  # noqa: E731
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     model.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(x), generator=order)[: len(x) // BATCH * BATCH].split(BATCH):

@@ -11,7 +11,8 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
-from qgraph.exporters.lowering.graph import Lowered, WeightRecord
+from qgraph.exporters.lowering.graph import Lowered
+from qgraph.exporters.lowering.records import WeightRecord
 from qgraph.exporters.report import PARTS, ExportReport, LayerReport, Leftover
 from qgraph.exporters.verify import Verified
 from qgraph.graph import config_of, sites

@@ -20,7 +20,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from qgraph.exporters.lowering.graph import ActivationRecord
+from qgraph.exporters.lowering.records import ActivationRecord
 from qgraph.exporters.signature import FlatModel, run_eagerly
 from qgraph.exporters.ties import explain
 from qgraph.exporters.ties_static import explain_static

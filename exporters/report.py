@@ -5,7 +5,6 @@ file itself.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from rich.console import Console
 from rich.table import Table
 
 from qgraph.config import QuantSpec
 from qgraph.errors import InspectError
+from qgraph.terminal import as_text
 
 LAYERS, CONFIG, VERSION, TARGET, BITS, DYNAMIC, LEFTOVERS = (
     f"qgraph.{key}" for key in ("layers", "config", "version", "target", "bits_per_weight", "dynamic", "leftovers")
@@ -116,10 +115,7 @@ class ExportReport:
         yield from self._lines()
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=150, highlight=False)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        return as_text(self, 150)
 
     def _table(self) -> Table:
         table = Table(title=f"{self.path} ({self.target}, {self.config})", title_justify="left", expand=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qgraph.errors import ExportError
-from qgraph.exporters.lowering.graph import ActivationRecord
+from qgraph.exporters.lowering.records import ActivationRecord
 from qgraph.exporters.probe import (
     STRETCH,
     TOLERANCE,

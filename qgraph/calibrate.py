@@ -5,8 +5,7 @@ What a quantizer is given is kept as a histogram that grows with the values, so 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 
 from qgraph.config import QuantSpec
 from qgraph.errors import CalibrationError
-from qgraph.graph import is_prepared, is_quantizer, quantizer_modules, states, unwrapped
+from qgraph.graph import is_prepared, is_quantizer, keeping_modes, quantizer_modules, states, unwrapped
 from qgraph.modules import ActivationQuantizer, observing
 from qgraph.ops.sharded import whole
 from qgraph.ops.static import static_codes, static_gain, static_scale
+from qgraph.terminal import progress_bar
 
 __all__ = ["calibrate"]
 
@@ -54,7 +54,7 @@ def calibrate(
     percentile : float
         Above 50, at most 100; of method "percentile".
     progress : bool
-        Show a bar on the terminal.
+        Show a bar on standard error, where that is a terminal.
 
     Returns
     -------
@@ -79,7 +79,13 @@ def calibrate(
         observers.setdefault(quantizer.site, Observer(quantizer)).add(x)
 
     count = 0
-    with _in_eval(model), torch.no_grad(), observing(observe), _bar(progress) as advance:
+    with (
+        keeping_modes(model),
+        torch.no_grad(),
+        observing(observe),
+        progress_bar(progress, None, "calibrate") as advance,
+    ):
+        model.eval()
         for count, batch in enumerate(batches, start=1):
             _run(model, batch, count)
             advance()
@@ -251,26 +257,3 @@ def _check_reached(model: nn.Module, reached: set[str]) -> None:
             f"calibrate: no batch reached {', '.join(missing[:NAMED])}{more}; expected every quantizer of a static "
             f"range to see values. Pass batches that take that path, or leave the layer float with a rule."
         )
-
-
-@contextlib.contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _bar(show: bool) -> Iterator[Callable[[], None]]:
-    if not show:
-        yield lambda: None
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as progress:
-        task = progress.add_task("calibrate", total=None)
-        yield lambda: progress.advance(task)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qgraph.errors import CaptureError, ConfigError
-from qgraph.graph import is_prepared, unwrapped
+from qgraph.graph import is_prepared, keeping_modes, unwrapped
 from qgraph.prepare import disabled
 
 __all__ = ["Distilled", "distill"]
@@ -78,7 +77,8 @@ def distill(
     measure = _measure(loss, temperature)
     with torch.no_grad():
         if teacher is None:
-            with disabled(student), _evaluating(student):
+            with disabled(student), keeping_modes(student):
+                student.eval()
                 target = student(*args, **kwargs)
         else:
             target = teacher(*args, **kwargs)
@@ -124,15 +124,3 @@ def _selected(output: Any) -> Tensor:
     raise ConfigError(
         f"distill: no tensor to compare in an output of type {type(output).__name__}; pass select=, a function of it."
     )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; each module is put back as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

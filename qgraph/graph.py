@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 from collections.abc import Iterator
@@ -213,6 +214,17 @@ def unwrapped(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+@contextlib.contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Put the training flag of each module back as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def config_of(model: nn.Module) -> QConfig | None:

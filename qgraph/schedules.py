@@ -22,7 +22,6 @@ from qgraph.modules import ActivationQuantizer, Quantizer, Sparsifier, WeightQua
 
 __all__ = ["FreezeMasks", "ProgressiveBits", "QuantizationStart", "Schedule", "SparsityRamp"]
 
-TERNARY = 1.58
 Value = TypeVar("Value")
 
 
@@ -141,8 +140,7 @@ class ProgressiveBits(Schedule[float | None]):
     """Bits that change at given steps, such as 8, then 4, then 1.
 
     Scheme, granularity and method stay those of the config, a scale that it leaves out is the default at the new bits;
-    1.58 bits are linear. At 1 bit compare the recipe with one
-    that starts there: what is best depends on the model.
+    1.58 bits are linear. At 1 bit compare the recipe with one that starts there: what is best depends on the model.
 
     Parameters
     ----------
@@ -277,10 +275,8 @@ def spec_with_bits(quantizer: Quantizer, bits: float) -> QuantSpec:
             f"ProgressiveBits: site '{quantizer.site}' has {planned}, whose learned step or static range belongs to "
             f"its bits; leave the site out by match=, or give it another method."
         )
-    scheme = "linear" if bits == TERNARY else planned.scheme
-    default = planned.scale == replace(planned, scale=None).scale
     try:
-        return replace(planned, bits=bits, scheme=scheme, scale=None if default else planned.scale)
+        return planned.with_bits(bits)
     except ConfigError as error:
         raise ConfigError(f"ProgressiveBits: site '{quantizer.site}' cannot have {bits} bits: {error}") from error
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from qgraph import notation
@@ -130,6 +130,18 @@ class QuantSpec:
     def _default_scale(self) -> Scale:
         few = self.scheme == "affine" and self.bits <= WINDOWED_BITS
         return "windowed" if few and self.method == "ddt" and self.range == "dynamic" else "minmax"
+
+    def with_bits(self, bits: float) -> "QuantSpec":
+        """The same at other bits: 1.58 bits are linear, and a scale that is the default one stays the default one.
+
+        Raises
+        ------
+        ConfigError
+            For bits that such a spec cannot have.
+        """
+        scheme = "linear" if bits == TERNARY else self.scheme
+        default = self.scale == replace(self, scale=None).scale
+        return replace(self, bits=bits, scheme=scheme, scale=None if default else self.scale)
 
     @property
     def learns(self) -> bool:

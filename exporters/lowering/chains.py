@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +87,7 @@ def affine_of(conv: ir.Node, outputs: int) -> Affine | None:
     return Affine(norm, gain.astype(np.float32), moved.astype(np.float32))
 
 
-def find_chain(conv: ir.Node, outputs: int, form_of: object) -> Chain | None:
+def find_chain(conv: ir.Node, outputs: int, form_of: Callable[[ir.Node], ActivationForm | None]) -> Chain | None:
     """The chain that begins at a convolution.
 
     Parameters
@@ -103,8 +104,8 @@ def find_chain(conv: ir.Node, outputs: int, form_of: object) -> Chain | None:
         if value.is_graph_output():
             return None
         users = list(dict.fromkeys(node for node, _ in value.uses()))
-        forms = [form_of(node) for node in users]  # type: ignore[operator]
-        if users and all(form is not None for form in forms):
+        forms = [form for form in map(form_of, users) if form is not None]
+        if forms and len(forms) == len(users):
             same = all((f.spec, f.fixed) == (forms[0].spec, forms[0].fixed) for f in forms)
             fits = same and all(_is_end(node, forms[0]) for node in moves if node.op_type not in MOVES)
             return Chain(conv, affine, tuple(moves), tuple(users)) if fits else None

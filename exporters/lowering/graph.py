@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -25,6 +25,7 @@ from qgraph.exporters.lowering.linear import (
     emit_kernel,
     has_zero_points,
 )
+from qgraph.exporters.lowering.records import ActivationRecord, WeightRecord
 from qgraph.exporters.lowering.static import Statics
 from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation_of, uses_of
 from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
@@ -32,39 +33,6 @@ from qgraph.modules import ActivationForm, Collected
 from qgraph.ops import Quantized
 
 DOMAIN = "qgraph"
-
-
-@dataclass(slots=True)
-class WeightRecord:
-    """What became of one quantized weight."""
-
-    site: str
-    packed: PackedWeight
-    shared_with: str | None = None  # the site under whose name the codes are stored
-    ops: list[str] = field(default_factory=list)
-    forms: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    format: str = ""
-    nbytes: int = 0
-
-    def __post_init__(self) -> None:
-        self.format, self.nbytes = self.packed.format, self.packed.nbytes
-
-
-@dataclass(slots=True)
-class ActivationRecord:
-    """What became of one quantized activation: the values before and after it in the file.
-
-    Of a static one `after` are codes that stand for `scale * (code - zero_point)`; `before` is None where the file goes
-    from codes to codes; `tie` is how near, in codes, to the middle between two of them either may be taken.
-    """
-
-    site: str
-    before: ir.Value | None
-    after: ir.Value
-    scale: float | None = None
-    zero_point: int = 0
-    tie: float = 0.0
 
 
 @dataclass(slots=True)

@@ -17,9 +17,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from qgraph.config import QuantSpec
 from qgraph.errors import ExportError
 from qgraph.exporters.lowering.builder import GraphBuilder
-from qgraph.exporters.lowering.integer import Codes
+from qgraph.exporters.lowering.integer import Codes, middle
 from qgraph.exporters.packing import PackedWeight, emit_scale, emit_zero_point, unpack
 from qgraph.exporters.packing.emit import group_runs, spread_groups, to_shape
 from qgraph.modules import ActivationForm
@@ -100,16 +101,16 @@ def emit_weight(b: GraphBuilder, packed: PackedWeight, name: str) -> Emitted:
     if not flat:
         scale = b.reshape(scale, [] if axis is None else [-1], name=node)
     attributes = {} if axis is None else {"axis": 1 if flat else axis, **({"block_size": size} if flat else {})}
-    middle = _middle(packed)
+    centre = middle(packed)
     inputs = [stored, scale]
-    if middle:
+    if centre:
         shape = packed.arrays["scale"].shape if flat else (() if axis is None else (-1,))
-        zeros = np.full(packed.arrays["scale"].shape, middle).reshape(shape).astype(kind.dtype)
+        zeros = np.full(packed.arrays["scale"].shape, centre).reshape(shape).astype(kind.dtype)
         inputs.append(b.constant(zeros, "zero"))
     value = b.op("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear", dtype=ir.DataType.FLOAT)
     notes: tuple[str, ...] = ()
     if "zero_point" in packed.arrays:
-        value = b.op("Add", [value, _shift(b, packed, name, middle)], name=f"{name}/shift")
+        value = b.op("Add", [value, _shift(b, packed, name)], name=f"{name}/shift")
         notes = ("its float zero points are an Add behind DequantizeLinear",)
     if flat:
         value = to_shape(b, packed, value, name)
@@ -127,15 +128,10 @@ def _axis(packed: PackedWeight) -> int | None:
     return rank - 1 if packed.groups.kind == "token" else packed.groups.axis % rank
 
 
-def _middle(packed: PackedWeight) -> int:
-    assert packed.spec is not None
-    return 2 ** (int(packed.spec.bits) - 1) if packed.spec.scheme == "affine" else 0
-
-
-def _shift(b: GraphBuilder, packed: PackedWeight, name: str, middle: int) -> ir.Value:
+def _shift(b: GraphBuilder, packed: PackedWeight, name: str) -> ir.Value:
     """`s (c - z)` in a shape that meets the dequantized codes."""
     node = f"{name}.unpack"
-    c = b.constant(np.asarray(middle, np.float32), "scalar")
+    c = b.constant(np.asarray(middle(packed), np.float32), "scalar")
     shift = b.op("Mul", [emit_scale(b, packed, name), b.op("Sub", [c, emit_zero_point(b, packed, name)], name=node)])
     count, size = group_runs(packed)
     if count > 1:
@@ -169,7 +165,7 @@ def emit_activation(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: st
 
 
 def read(
-    shape: tuple[int, ...], groups: Groups, spec: object, sparse: bool, arrays: dict[str, np.ndarray]
+    shape: tuple[int, ...], groups: Groups, spec: QuantSpec | None, sparse: bool, arrays: dict[str, np.ndarray]
 ) -> Quantized:
     """A weight from the arrays of a file in this form.
 
@@ -187,4 +183,4 @@ def read(
     if tuple(scale.shape) != groups.shape(shape):
         raise ValueError(f"found scales of shape {tuple(scale.shape)}; expected {groups.shape(shape)}")
     zero = torch.from_numpy(arrays["zero_point"].copy()) if "zero_point" in arrays else None
-    return Quantized(codes, scale, zero, groups, spec, sparse)  # type: ignore[arg-type]
+    return Quantized(codes, scale, zero, groups, spec, sparse)

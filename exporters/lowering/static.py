@@ -23,12 +23,13 @@ from qgraph.exporters.lowering.integer import (
     why_no_windows,
     why_not,
 )
+from qgraph.exporters.lowering.records import ActivationRecord, WeightRecord
 from qgraph.exporters.lowering.uses import Use, as_product
 from qgraph.exporters.packing import PackedWeight
 from qgraph.modules import ActivationForm
 
 if TYPE_CHECKING:
-    from qgraph.exporters.lowering.graph import WeightRecord, _Lowering
+    from qgraph.exporters.lowering.graph import _Lowering
 
 DOMAIN = "qgraph"
 TIE = 1e-4  # in codes: what float32 leaves open of where a value lies between them
@@ -204,8 +205,6 @@ class Statics:
         record.forms.append(f"QLinearConv uint8 x {'int8' if is_signed(record.packed, codes.top) else 'uint8'}")
 
     def _note(self, node: ir.Node, before: ir.Value | None, codes: Codes, tie: float) -> None:
-        from qgraph.exporters.lowering.graph import ActivationRecord
-
         site = node.attributes["site"].as_string()
         self.lowering.note(node, ActivationRecord(site, before, codes.value, codes.scale, codes.zero_point, tie))
 

@@ -5,13 +5,11 @@ What a layer costs at a width is in `costs.py`, the choice within a budget in `b
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -20,6 +18,7 @@ from qgraph.analysis.costs import Evaluate, Loss, Unit, evaluated_costs, fisher_
 from qgraph.config import QConfig, QuantSpec, Rule
 from qgraph.errors import ConfigError, InspectError
 from qgraph.graph import STATE, config_of, is_prepared, unwrapped
+from qgraph.terminal import as_text
 
 __all__ = ["Allocation", "LayerBits", "allocate", "allocation"]
 
@@ -92,10 +91,7 @@ class Allocation:
         yield table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, highlight=False, markup=False, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+        return as_text(self, 140)
 
 
 def allocate(

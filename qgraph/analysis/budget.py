@@ -36,7 +36,7 @@ def budget_bytes(text: str, weights: int, other_bytes: int, present_bytes: int) 
     """
     found = _TEXT.fullmatch(text) if isinstance(text, str) else None
     if found is None:
-        timed = isinstance(text, str) and re.search(r"\d\s*(ms|us|s|fps|tokens/s)\s*$", text) is not None
+        timed = isinstance(text, str) and re.search(r"\d\s*(ms|us|s|fps|tokens/s)\s*$|latency", text) is not None
         why = (
             " No budget of time is offered: no measurement of a layer's time at each width stands behind it."
             if timed

@@ -5,7 +5,6 @@ How the layers of a module are recorded is in `recorded.py`, those of a file in 
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from qgraph.analysis.recorded import Recorded, record_module
 from qgraph.errors import ExportError, InspectError
 from qgraph.graph import unwrapped
+from qgraph.terminal import as_text
 
 __all__ = ["LayerDifference", "ModelComparison", "compare"]
 
@@ -145,18 +144,14 @@ class ModelComparison:
         yield f"a: {self.titles[0]}\nb: {self.titles[1]}"
         table = Table()
         for name in ("layer", "kind", "shape", "SNR dB", "cosine", "max error"):
-            justify = "left" if name in ("layer", "kind", "shape") else "right"
-            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+            table.add_column(name, justify="left" if name in ("layer", "kind", "shape") else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*_cells(row), style="red" if row.problem else None)
         yield table
         yield "\n".join(self._lines())
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, highlight=False, markup=False, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+        return as_text(self)
 
     def _lines(self) -> list[str]:
         broken = [f"{row.name}: {row.problem}" for row in self.rows if row.problem]

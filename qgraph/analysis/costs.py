@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgraph.analysis.sensitivity import progress_bar, score_of
+from qgraph.analysis.sensitivity import score_of
 from qgraph.config import QuantSpec
 from qgraph.errors import ConfigError, InspectError
-from qgraph.graph import SiteRecord
+from qgraph.graph import SiteRecord, keeping_modes
 from qgraph.inspection.prepared import site_values
 from qgraph.inspection.sizes import stored_bytes
 from qgraph.ops import fake_quantize, sparsify
-from qgraph.specs import TERNARY
+from qgraph.terminal import progress_bar
 
 Evaluate = Callable[[nn.Module], float]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -58,7 +58,7 @@ class Unit:
 
 
 def spec_at(record: SiteRecord, bits: float) -> QuantSpec:
-    """The spec of a site at other bits; where its scale is the default one, so is that of the result."""
+    """The spec of a site at other bits."""
     spec = record.weight
     assert spec is not None
     if spec.learns:
@@ -66,10 +66,8 @@ def spec_at(record: SiteRecord, bits: float) -> QuantSpec:
             f"allocate: site '{record.name}' has {spec}, whose learned step belongs to its bits. Allocate with "
             f"method='ddt', and give the rules of the result your method."
         )
-    scheme = "linear" if bits == TERNARY else spec.scheme
-    scale = None if spec.scale == replace(spec, scale=None).scale else spec.scale
     try:
-        return replace(spec, bits=bits, scheme=scheme, scale=scale)
+        return spec.with_bits(bits)
     except ConfigError as error:
         raise ConfigError(f"allocate: site '{record.name}' cannot have {bits} bits: {error}") from error
 
@@ -200,12 +198,10 @@ def _set(unit: Unit, bits: float) -> None:
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Put specs and modes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    specs = [(module, module.spec) for module, _ in modes if isinstance(getattr(module, "spec", None), QuantSpec)]
-    try:
-        yield
-    finally:
-        for module, spec in specs:
-            module.spec = spec
-        for module, training in modes:
-            module.training = training
+    specs = [(m, m.spec) for m in model.modules() if isinstance(getattr(m, "spec", None), QuantSpec)]
+    with keeping_modes(model):
+        try:
+            yield
+        finally:
+            for module, spec in specs:
+                module.spec = spec

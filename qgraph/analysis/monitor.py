@@ -6,7 +6,6 @@ What is measured is in `readings.py`, what of it is a sign of trouble in `sympto
 from __future__ import annotations
 
 import csv as csv_module
-import io
 import math
 import os
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -41,6 +39,7 @@ from qgraph.ops import sparsify
 from qgraph.ops.quantized import Quantized
 from qgraph.ops.sharded import whole
 from qgraph.ops.sparsity import apply_mask
+from qgraph.terminal import as_text
 
 __all__ = ["Monitor", "MonitorSummary", "monitor"]
 
@@ -158,10 +157,7 @@ class MonitorSummary:
             yield f"{symptom.site}: {symptom.kind}, {steps}: {symptom.found}\n    try: {symptom.advice}"
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, highlight=False, markup=False, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+        return as_text(self)
 
 
 class Monitor:

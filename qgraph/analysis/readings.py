@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec
+from qgraph.inspection.sizes import ratio_db
 from qgraph.ops import Groups, Quantized, quantize
 from qgraph.ops.codes import outside, work_dtype
 from qgraph.ops.ddt import centred_codes
@@ -146,10 +147,7 @@ def snr_of(operand: Operand, found: Quantized) -> float:
     if operand.pruned is not None:
         kept = operand.pruned != 0
         weight, noise = weight * kept, noise * kept
-    signal, lost = float(weight.square().sum(dtype=torch.float64)), float(noise.square().sum(dtype=torch.float64))
-    if lost == 0:
-        return math.inf
-    return 10 * math.log10(signal / lost) if signal else -math.inf
+    return ratio_db(weight, noise)
 
 
 def drift_of(now: Tensor, before: Tensor | None) -> float | None:

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from qgraph.errors import InspectError
-from qgraph.graph import config_of, is_prepared
+from qgraph.graph import config_of, is_prepared, keeping_modes
 from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
+from qgraph.terminal import as_text, progress_bar
 
 __all__ = ["LayerSensitivity", "SensitivityReport", "sensitivity"]
 
@@ -95,10 +93,7 @@ class SensitivityReport:
         yield table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, highlight=False, markup=False, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+        return as_text(self)
 
 
 def sensitivity(
@@ -156,7 +151,7 @@ def sensitivity(
         raise InspectError("sensitivity: no quantizer of the model is active. Switch them on with qgraph.set_enabled.")
     everything = {id(module) for held in layers.values() for module in held}
     units = [("layer", name, held) for name, held in layers.items()] + [("kind", *item) for item in kinds.items()]
-    with progress_bar(progress, len(units) + 2) as advance:
+    with progress_bar(progress, len(units) + 2, "sensitivity") as advance:
         advance()
         scores.take("float", set())
         advance()
@@ -260,16 +255,14 @@ def score_of(evaluate: Callable[[nn.Module], float], model: nn.Module, name: str
 def _only(prepared: nn.Module, chosen: set[int] | None) -> Iterator[None]:
     """Switch off what is not chosen; switches and modes are put back."""
     before = [(module, module.enabled) for module in _active(prepared).values()]
-    modes = [(module, module.training) for module in prepared.modules()]
-    try:
-        for module, _ in before:
-            module.enabled = chosen is None or id(module) in chosen
-        yield
-    finally:
-        for module, enabled in before:
-            module.enabled = enabled
-        for module, training in modes:
-            module.training = training
+    with keeping_modes(prepared):
+        try:
+            for module, _ in before:
+                module.enabled = chosen is None or id(module) in chosen
+            yield
+        finally:
+            for module, enabled in before:
+                module.enabled = enabled
 
 
 def _active(prepared: nn.Module) -> dict[str, Any]:
@@ -321,16 +314,3 @@ def _read(path: Path, key: Mapping[str, Any]) -> dict[str, float]:
             f"sensitivity: {path} belongs to another model: its {changed} differ. Delete it, or pass another path."
         )
     return scores
-
-
-@contextlib.contextmanager
-def progress_bar(progress: bool, total: int, name: str = "sensitivity") -> Iterator[Callable[[], None]]:
-    """A bar on standard error, where that is a terminal."""
-    if not progress or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.progress import Progress
-
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda: bar.update(task, advance=1)

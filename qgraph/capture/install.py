@@ -155,8 +155,9 @@ def _run_checked(
 ) -> Any:
     """Graphs with guards inside them, until one holds: for sizes not met before, be ready to take back what ran."""
     key = shapes(call.values)
-    tried = list(itertools.islice(state.candidates(module, call, first, key), _MOST_TRIED))
-    for variant in tried:
+    tried = []
+    for variant in itertools.islice(state.candidates(module, call, first, key), _MOST_TRIED):
+        tried.append(variant)
         before = None if key in variant.validated else Snapshot(module, call.values, contents=variant.in_place)
         try:
             if before is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -219,7 +220,7 @@ def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, 
     before = Snapshot(module, call.values, contents=True)
     try:
         with capturing(quantize=True) as session:
-            return session.start(module, forward, args, kwargs)
+            return session.start(module, state, forward, args, kwargs, call)
     except (StopRecomputation, GuardMiss):
         raise
     except Exception as error:

@@ -181,10 +181,11 @@ class Session:
         if self.recorder is not None:
             self.recorder.modes.leave_autocast(context)
 
-    def start(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def start(
+        self, module: nn.Module, state: ModuleState, forward: Callable[..., Any], args: Any, kwargs: Any, call: Call
+    ) -> Any:
         """Run the outermost forward of a session that began inside its call, since no graph held for that."""
-        state: ModuleState = module.__dict__[STATE]
-        return self.record_forward(module, state, forward, args, kwargs, state.call(args, kwargs), known=False)
+        return self.record_forward(module, state, forward, args, kwargs, call, known=False)
 
     # -- forwards ----------------------------------------------------------------------------------------------------
 

@@ -5,15 +5,14 @@ What the two compute is another question; this compares specs, shapes and sizes 
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from qgraph.inspection.layers import Layer
 from qgraph.inspection.summary import Inspection
+from qgraph.terminal import as_text
 
 __all__ = ["Change", "Difference", "difference"]
 
@@ -64,10 +63,7 @@ class Difference:
                 table.add_column(name, justify="right" if name.startswith("bytes") else "left", overflow="fold")
             for change in self.changes:
                 table.add_row(change.site, change.kind, *_sides(change), *map(_count, change.bytes))
-            console = Console(file=io.StringIO(), width=120, highlight=False)
-            console.print(table)
-            assert isinstance(console.file, io.StringIO)
-            lines.append(console.file.getvalue().rstrip())
+            lines.append(as_text(table))
         lines.append(
             f"{len(self.changes)} weights differ, {self.same} are the same; "
             f"weights take {self.bytes[0]:,} bytes in a, {self.bytes[1]:,} in b"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,12 +44,10 @@ def write_dot(network: networkx.DiGraph, path: Path) -> Path:
     """
     import networkx
 
-    try:
-        import pydot  # noqa: F401
-    except ImportError as error:
+    if importlib.util.find_spec("pydot") is None:
         raise InspectError(
             f"{path}: DOT is written by pydot, which is not installed. Expected it; pip install 'qgraph[dot]'."
-        ) from error
+        )
     named = networkx.DiGraph()
     for name, data in network.nodes(data=True):
         named.add_node(_quoted(name), **{key: _quoted(value) for key, value in _drawn(name, data).items()})

@@ -123,7 +123,7 @@ def file_histograms(path: Path) -> dict[str, Histogram]:
         if len(tensor.dims) > 1 and tensor.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
             try:
                 array = onnx.numpy_helper.to_array(tensor, str(path.parent))
-            except Exception:  # external data that is not there
+            except (OSError, ValueError, onnx.checker.ValidationError):  # external data that is not there
                 continue
             made = histogram(torch.from_numpy(np.array(array, np.float32)), None)
             if made is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qgraph.graph import STATE, SiteRecord, find_sites, sites, states
+from qgraph.graph import STATE, SiteRecord, find_sites, keeping_modes, sites, states
 from qgraph.inspection.layers import Layer, notation
 from qgraph.inspection.sizes import FLOAT_BITS, bits_per_weight, describe_groups, error_db, stored_bytes
 from qgraph.modules import ActivationQuantizer, Quantizers, Sparsifier, WeightQuantizer
@@ -157,17 +157,14 @@ def _child_state(module: nn.Module, node: fx.Node) -> Any:
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Let a module compute a weight in eval mode; modes, buffers, counters and random states stay."""
-    modes = [(each, each.training) for each in module.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     counters = [(s, s.misses, len(s.variants), len(s.opaque)) for _, _, s in states(module)]
     try:
-        for each, _ in modes:
-            each.training = False
-        with torch.random.fork_rng(), torch.no_grad():
+        with keeping_modes(module), torch.random.fork_rng(), torch.no_grad():
+            for each in module.modules():
+                each.training = False
             yield
     finally:
-        for each, training in modes:
-            each.training = training
         for state, misses, variants, opaque in counters:
             state.misses = misses
             del state.variants[variants:], state.opaque[opaque:]

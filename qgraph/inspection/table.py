@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import shutil
@@ -11,11 +10,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from qgraph.inspection.code import short_where
 from qgraph.inspection.layers import FloatTensor, Layer
+from qgraph.terminal import as_text
 
 if TYPE_CHECKING:
     from qgraph.graph import OpaqueModule
@@ -31,11 +30,7 @@ def render(inspection: Inspection, width: int | None = None) -> str:
     """The text of an inspection in `width` columns, by default those of the terminal."""
     if width is None:
         width = min(max(shutil.get_terminal_size((USUAL, 24)).columns, NARROWEST), WIDEST)
-    console = Console(file=io.StringIO(), width=width, highlight=False, markup=False, color_system=None)
-    if inspection.layers:
-        console.print(_table(inspection, width))
-    assert isinstance(console.file, io.StringIO)
-    table = [line.rstrip() for line in console.file.getvalue().rstrip().splitlines()]
+    table = as_text(_table(inspection, width), width).splitlines() if inspection.layers else []
     below = [wrapped for line in _lines(inspection) for wrapped in _wrapped(line, width)]
     return "\n".join([*_wrapped(inspection.title, width), *table, "", *below])
 

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from qgraph.config import QuantSpec
-
-TERNARY_BITS = 1.58
+from qgraph.specs import TERNARY
 
 # c of the step `c mean|x - centre|`, by bits: the uniform step of least squared error for Gaussian values (Max,
 # "Quantizing for minimum distortion", 1960), over their mean magnitude. One affine bit: the means of both halves.
 AFFINE_FACTORS = {1: 2.0, 2: 1.2479, 3: 0.7345, 4: 0.4201, 5: 0.2358, 6: 0.1304, 7: 0.0713, 8: 0.0386}
 LINEAR_FACTORS = {
     1: 1.0,
-    TERNARY_BITS: 1.5341,
+    TERNARY: 1.5341,
     2: 1.5341,
     3: 0.8156,
     4: 0.4429,
@@ -85,7 +84,7 @@ def absmean_factor(spec: QuantSpec) -> float:
         return AFFINE_FACTORS[int(spec.bits)]
     if spec.method == "ddt":
         return LINEAR_FACTORS[spec.bits]
-    return 1.0 if spec.bits <= TERNARY_BITS else 2 / spec.levels[1] ** 0.5
+    return 1.0 if spec.bits <= TERNARY else 2 / spec.levels[1] ** 0.5
 
 
 def middle(spec: QuantSpec) -> float:
