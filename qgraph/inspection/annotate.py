@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from qgraph.inspection.layers import FloatTensor, Layer
+from qgraph.inspection.sizes import FLOAT_BITS
 
 if TYPE_CHECKING:
     import networkx
-
-FLOAT_BITS = 32.0
 
 
 def annotate(network: networkx.DiGraph, layers: Iterable[Layer], floats: Iterable[FloatTensor]) -> None:
