@@ -11,28 +11,27 @@ import contextlib
 import io
 import logging
 import re
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema, SchemaError, get_schema, register_schema
-from onnxscript import opset18
-from onnxscript.values import Opset
 from torch import Tensor, fx, nn
 
 from qgraph.errors import ExportError
 from qgraph.exporters.lowering import recurrent
+from qgraph.exporters.lowering.records import DOMAIN
 from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, modules_as_they_are
 from qgraph.exporters.shapes import ShapePlan
 from qgraph.exporters.signature import FlatModel
+from qgraph.exporters.translations import table_read_once, translations
 from qgraph.exporters.where import chain, forward_line, line_in, user_line
 from qgraph.modules import exporting
 
-DOMAIN = "qgraph"
 MINIMUM_OPSET = 18  # the lowest that torch's exporter writes; LayerNormalization is there from 17 on
 DEFAULT_OPSET = 20
 GENERAL_HINT = "see the chained error, and try dynamic_shapes={} for a static file"
@@ -51,6 +50,7 @@ CHATTY = (
     "onnxscript",
     "onnx_ir",
 )
+_one_at_a_time = threading.RLock()  # the exporter of torch, and what is replaced while it runs, are for one thread
 
 
 @dataclass(slots=True)
@@ -84,12 +84,13 @@ def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: in
         The exporter's own error where it is none of ours: the caller decides whether to try fewer dynamic
         sizes.
     """
-    try:
-        return _trace(flat, tensors, plan, opset, python, Rewrites(ALWAYS))
-    except Exception as error:
-        if not _attention_trouble(error):
-            raise
-    return _trace(flat, tensors, plan, opset, python, Rewrites({**ALWAYS, **ATTENTION}))
+    with _one_at_a_time:
+        try:
+            return _trace(flat, tensors, plan, opset, python, Rewrites(ALWAYS))
+        except Exception as error:
+            if not _attention_trouble(error):
+                raise
+        return _trace(flat, tensors, plan, opset, python, Rewrites({**ALWAYS, **ATTENTION}))
 
 
 def _trace(
@@ -108,6 +109,7 @@ def _trace(
         stack.enter_context(torch.random.fork_rng(devices=[]))
         with exporting(python) as sites, recurrent.RecurrentAsOperator(), rewrites, modules_as_they_are():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
+        stack.enter_context(table_read_once())
         try:
             onnx_program = torch.onnx.export(
                 program,
@@ -115,7 +117,7 @@ def _trace(
                 input_names=list(flat.inputs.names),
                 output_names=list(flat.output_names),
                 opset_version=opset,
-                custom_translation_table=_translations(),
+                custom_translation_table=translations(),
                 dynamo=True,
                 verbose=False,
             )
@@ -177,22 +179,6 @@ def explain(error: BaseException, model: nn.Module) -> ExportError:
 def is_data_dependent(error: BaseException) -> bool:
     """Whether a value of a tensor decided the path or a size; no choice of dynamic sizes helps then."""
     return any("DataDependent" in type(e).__name__ or "data-dependent" in str(e) for e in chain(error))
-
-
-def _translations() -> dict[Any, Any]:
-    nodes = Opset(DOMAIN, 1)
-    return {
-        torch.ops.qgraph.weight.default: lambda weight, site: nodes.Weight(weight, site=site),
-        torch.ops.qgraph.activation.default: lambda x, site: nodes.Activation(x, site=site),
-        torch.ops.qgraph.recurrent.default: recurrent.translate,
-        torch.ops.aten._is_all_true.default: _is_all_true,  # torch has none of its own
-    }
-
-
-def _is_all_true(x: Any) -> Any:
-    return opset18.Cast(
-        opset18.ReduceMin(opset18.Cast(x, to=int(ir.DataType.INT64)), keepdims=0), to=int(ir.DataType.BOOL)
-    )
 
 
 def _register_schemas() -> None:

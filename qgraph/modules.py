@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +73,7 @@ class _Run:
     """
 
     def __init__(self) -> None:
+        self.thread: int | None = None  # whose quantizers behave so; None where all behave plainly
         self.collected: Collected | None = None
         self.exporting = False
         self.python = False
@@ -78,27 +81,41 @@ class _Run:
         self.observe: Callable[[ActivationQuantizer, Tensor], None] | None = None
 
 
-_run = _Run()
+_run, _plain = _Run(), _Run()
+_one_thread = threading.RLock()
+
+
+def run_state() -> _Run:
+    """How quantizers behave now in this thread."""
+    return _run if _run.thread is None or _run.thread == threading.get_ident() else _plain
+
+
+@contextlib.contextmanager
+def _behaving(**changes: Any) -> Iterator[None]:
+    """Let the quantizers of this thread behave otherwise for a while; another thread that wants to, waits."""
+    with _one_thread:
+        changes["thread"] = threading.get_ident()
+        previous = {name: getattr(_run, name) for name in changes}
+        try:
+            vars(_run).update(changes)
+            yield
+        finally:
+            vars(_run).update(previous)
 
 
 @contextlib.contextmanager
 def collecting() -> Iterator[Collected]:
     """Record what each quantizer would deploy while the model runs (in eval, without gradients)."""
-    previous, _run.collected = _run.collected, Collected()
-    try:
-        yield _run.collected
-    finally:
-        _run.collected = previous
+    collected = Collected()
+    with _behaving(collected=collected):
+        yield collected
 
 
 @contextlib.contextmanager
 def observing(observe: Callable[[ActivationQuantizer, Tensor], None]) -> Iterator[None]:
     """Let every quantizer of a static range show what it is given, and pass it on as it is."""
-    previous, _run.observe = _run.observe, observe
-    try:
+    with _behaving(observe=observe):
         yield
-    finally:
-        _run.observe = previous
 
 
 @contextlib.contextmanager
@@ -115,22 +132,14 @@ def exporting(python: bool = False) -> Iterator[set[str]]:
     set of str
         The sites that have emitted theirs.
     """
-    previous = _run.exporting, _run.python, _run.emitted
-    _run.exporting, _run.python, _run.emitted = True, python, set()
-    try:
-        yield _run.emitted
-    finally:
-        _run.exporting, _run.python, _run.emitted = previous
+    emitted: set[str] = set()
+    with _behaving(exporting=True, python=python, emitted=emitted):
+        yield emitted
 
 
 def exports_python() -> bool:
     """Whether an export traces the modules' own Python now (`exporting`)."""
-    return _run.python
-
-
-def run_state() -> _Run:
-    """How quantizers behave now."""
-    return _run
+    return run_state().python
 
 
 _enabled = operator.attrgetter("enabled")
@@ -193,11 +202,12 @@ class WeightQuantizer(Quantizer):
             return weight
         if dense is weight:  # the sparsifier is off
             dense = None
-        if _run.exporting:
-            _run.emitted.add(self.site)
+        run = run_state()
+        if run.exporting:
+            run.emitted.add(self.site)
             return torch.ops.qgraph.weight(weight if dense is None else dense, self.site)
-        if _run.collected is not None:
-            _run.collected.weights[self.site] = quantize(
+        if run.collected is not None:
+            run.collected.weights[self.site] = quantize(
                 weight.detach(),
                 self.spec,
                 self.groups,
@@ -229,24 +239,26 @@ class ActivationQuantizer(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled or not x.is_floating_point():
             return x
-        if _run.exporting:
-            _run.emitted.add(self.site)
+        run = run_state()
+        if run.exporting:
+            run.emitted.add(self.site)
             return torch.ops.qgraph.activation(x, self.site)
         if self.range is not None:
             return self._static(x, self.range)
         if self.step is not None and not torch.compiler.is_compiling() and not bool(self.step.any()):
             self.initialize_step(x)
-        if _run.collected is not None:
-            _run.collected.activations[self.site] = ActivationForm(self.spec, self.groups, self.step)
+        if run.collected is not None:
+            run.collected.activations[self.site] = ActivationForm(self.spec, self.groups, self.step)
         return fake_quantize(x, self.spec, self.groups, step=self.step)
 
     def _static(self, x: Tensor, range: RunningRange) -> Tensor:
-        if _run.observe is not None:
-            _run.observe(self, x)
+        run = run_state()
+        if run.observe is not None:
+            run.observe(self, x)
             return x
-        if _run.collected is not None:
+        if run.collected is not None:
             range.require(self.site)
-            _run.collected.activations[self.site] = ActivationForm(self.spec, self.groups, fixed=range.fixed())
+            run.collected.activations[self.site] = ActivationForm(self.spec, self.groups, fixed=range.fixed())
         return range.quantize(x, self.site)
 
 
@@ -275,18 +287,19 @@ class Sparsifier(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled or self.sparsity is None:
             return weight
-        if _run.exporting:
+        run = run_state()
+        if run.exporting:
             if not self.alone:
                 return weight
-            _run.emitted.add(self.site)
+            run.emitted.add(self.site)
             return torch.ops.qgraph.weight(weight, self.site)
         pruned = self._pruned(weight, self.sparsity)
         if self.sparsity.decay and torch.is_grad_enabled():
             pruned = SparseRefined.apply(pruned, weight, self.sparsity.decay)
-        if _run.collected is not None:
-            _run.collected.sparsity[self.site] = self.sparsity
+        if run.collected is not None:
+            run.collected.sparsity[self.site] = self.sparsity
             if self.alone:
-                _run.collected.weights[self.site] = quantize(pruned.detach(), None, self.groups, dense=weight)
+                run.collected.weights[self.site] = quantize(pruned.detach(), None, self.groups, dense=weight)
         return pruned
 
     def _pruned(self, weight: Tensor, sparsity: SparsitySpec) -> Tensor:

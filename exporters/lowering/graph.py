@@ -25,14 +25,12 @@ from qgraph.exporters.lowering.linear import (
     emit_kernel,
     has_zero_points,
 )
-from qgraph.exporters.lowering.records import ActivationRecord, WeightRecord
+from qgraph.exporters.lowering.records import DOMAIN, ActivationRecord, WeightRecord
 from qgraph.exporters.lowering.static import Statics
 from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation_of, uses_of
 from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
 from qgraph.modules import ActivationForm, Collected
 from qgraph.ops import Quantized
-
-DOMAIN = "qgraph"
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ import onnx_ir as ir
 
 from qgraph.exporters.packing import PackedWeight
 
+DOMAIN = "qgraph"  # of the nodes that stand for a weight and an activation until they are lowered
+
 
 @dataclass(slots=True)
 class WeightRecord:

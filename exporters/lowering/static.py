@@ -23,7 +23,7 @@ from qgraph.exporters.lowering.integer import (
     why_no_windows,
     why_not,
 )
-from qgraph.exporters.lowering.records import ActivationRecord, WeightRecord
+from qgraph.exporters.lowering.records import DOMAIN, ActivationRecord, WeightRecord
 from qgraph.exporters.lowering.uses import Use, as_product
 from qgraph.exporters.packing import PackedWeight
 from qgraph.modules import ActivationForm
@@ -31,7 +31,6 @@ from qgraph.modules import ActivationForm
 if TYPE_CHECKING:
     from qgraph.exporters.lowering.graph import _Lowering
 
-DOMAIN = "qgraph"
 TIE = 1e-4  # in codes: what float32 leaves open of where a value lies between them
 SUMS, UNIT = 3, 2.0**-24  # a sum of n float32 values is off by about sqrt(n) units in the last place
 

@@ -4,6 +4,7 @@ report.
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import qgraph
 from qgraph.errors import ExportError, InspectError
 from qgraph.exporters.onnx import export
 from qgraph.exporters.report import read_report
+from qgraph.exporters.translations import table_read_once
+from qgraph.modules import exporting
 from tests.models import CASES, CNN, GPT
 
 TOLERANCE = 1e-5
@@ -398,3 +401,38 @@ def test_a_batch_that_is_a_constant_leaves_the_sequence_dynamic(tmp_path):
     assert report.dynamic == ("x: 1=sequence",)
     x = torch.randn(2, 11, 4)
     assert differ(net(x), run(tmp_path / "m.onnx", x=x)[0]) < TOLERANCE
+
+
+def test_exports_in_threads_are_those_of_one(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 8)
+    prepared = [qgraph.prepare(model, config).eval() for config in ("W4", "A4W1")]
+    paths = [tmp_path / f"{index}.onnx" for index in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(qgraph.export, prepared[i % 2], path, (x,), progress=False) for i, path in enumerate(paths)]
+        reports = [job.result() for job in jobs]
+    for report, again in zip(reports[:2], reports[2:], strict=True):
+        assert [layer.path for layer in report.layers] == ["0", "2"]
+        assert report.file_bytes == again.file_bytes
+    assert paths[0].read_bytes() == paths[2].read_bytes() and paths[1].read_bytes() == paths[3].read_bytes()
+
+
+def test_another_thread_goes_on_quantizing_during_an_export():
+    layer, x = qgraph.prepare(nn.Linear(8, 8), "A4W1").eval(), torch.randn(3, 8)
+    expected = layer(x)
+    with ThreadPoolExecutor(1) as pool, exporting() as emitted:
+        assert torch.equal(pool.submit(layer, x).result(), expected)
+        assert not emitted
+        assert not torch.equal(layer(x), expected) and len(emitted) == 2
+
+
+def test_an_export_leaves_the_exporter_of_torch_as_it_was(tmp_path):
+    registry = pytest.importorskip("torch.onnx._internal.exporter._registration").ONNXRegistry
+    before = registry.__dict__["from_torchlib"]
+    for target in ("ort", "standard"):  # the second export copies the table of the first, which had our own added
+        qgraph.export(qgraph.prepare(nn.Linear(8, 8), "A4W1"), tmp_path / "a.onnx", (torch.randn(3, 8),), target=target)
+        assert registry.__dict__["from_torchlib"] is before
+    fresh = registry.from_torchlib(opset_version=20).functions
+    assert not [name for name in fresh if "qgraph" in str(name)]
+    with table_read_once():
+        copied = registry.from_torchlib(opset_version=20).functions
+    assert {name: len(found) for name, found in copied.items()} == {name: len(found) for name, found in fresh.items()}

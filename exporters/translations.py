@@ -1,0 +1,65 @@
+"""How torch.onnx writes the operators of a trace: our own, and torch's table of all others, which is read once."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset18
+from onnxscript.values import Opset
+
+from qgraph.exporters.lowering import recurrent
+from qgraph.exporters.lowering.records import DOMAIN
+
+
+def translations() -> dict[Any, Any]:
+    """A `custom_translation_table`: ``qgraph::Weight`` and ``qgraph::Activation`` nodes, and what torch has none of."""
+    nodes = Opset(DOMAIN, 1)
+    return {
+        torch.ops.qgraph.weight.default: lambda weight, site: nodes.Weight(weight, site=site),
+        torch.ops.qgraph.activation.default: lambda x, site: nodes.Activation(x, site=site),
+        torch.ops.qgraph.recurrent.default: recurrent.translate,
+        torch.ops.aten._is_all_true.default: _is_all_true,
+    }
+
+
+_read: dict[int, Any] = {}  # by opset: the same for every model
+
+
+@contextlib.contextmanager
+def table_read_once() -> Iterator[None]:
+    """While active, torch.onnx.export copies the table that an earlier export read.
+
+    It parses the source of its five hundred translations at every call, half of the time that a small export takes.
+    A torch whose table is elsewhere exports as it does. For one thread at a time.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        original = ONNXRegistry.__dict__["from_torchlib"]
+    except (ImportError, KeyError):
+        yield
+        return
+
+    def from_torchlib(cls: type, opset_version: int) -> Any:
+        if opset_version not in _read:
+            _read[opset_version] = original.__get__(None, cls)(opset_version=opset_version)
+        table = copy.copy(_read[opset_version])
+        table.functions = {name: list(found) for name, found in table.functions.items()}  # an export adds its own
+        return table
+
+    ONNXRegistry.from_torchlib = classmethod(from_torchlib)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = original  # type: ignore[method-assign]
+
+
+def _is_all_true(x: Any) -> Any:
+    return opset18.Cast(
+        opset18.ReduceMin(opset18.Cast(x, to=int(ir.DataType.INT64)), keepdims=0), to=int(ir.DataType.BOOL)
+    )
