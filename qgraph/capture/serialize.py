@@ -41,7 +41,7 @@ def dump_graph(graph: fx.Graph) -> list[dict[str, Any]]:
             "op": node.op,
             "target": _dump_target(node.target),
             "args": fx.node.map_arg(node.args, _reference),
-            "kwargs": fx.node.map_arg(node.kwargs, _reference),
+            "kwargs": dict(fx.node.map_arg(node.kwargs, _reference)),
             "meta": {key: node.meta[key] for key in _META if key in node.meta},
         }
         for node in graph.nodes
@@ -67,6 +67,9 @@ def load_graph(records: list[dict[str, Any]]) -> fx.Graph:
 
 class _NodeName(str):
     """A node's name standing for the node."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _NodeName:
+        return self
 
 
 def _reference(node: fx.Node) -> Any:

@@ -18,17 +18,17 @@ def stack(layers: int) -> nn.Module:
     return nn.Sequential(*(m for _ in range(layers) for m in (nn.Linear(72, 72), nn.GELU())))
 
 
-@pytest.mark.parametrize("config", ["A4W1", "A4W1-2:4", "W3"])
+@pytest.mark.parametrize("config", ["A4W1-2:4", "W3"])
 def test_many_small_layers_are_written_as_calls_and_run_as_before(config, tmp_path, monkeypatch):
     x = torch.randn(3, 72)
-    prepared = qgraph.prepare(stack(32), config, x).eval()
+    prepared = qgraph.prepare(stack(24), config, x).eval()
     path, plain = tmp_path / "calls.onnx", tmp_path / "plain.onnx"
     report = qgraph.export(prepared, path, (x,), progress=False)
     monkeypatch.setattr("qgraph.exporters.onnx.NODE_BYTES", 10**9)
     qgraph.export(prepared, plain, (x,), progress=False)
     model = onnx.load(path)
     assert model.functions and not onnx.load(plain).functions
-    assert {f"{i}" for i in range(0, 64, 2)} <= {node.name for node in model.graph.node}
+    assert {f"{i}" for i in range(0, 48, 2)} <= {node.name for node in model.graph.node}
     assert path.stat().st_size < plain.stat().st_size
     assert report.max_difference < 1e-5
     onnx.checker.check_model(model)
@@ -48,8 +48,9 @@ def test_a_standard_file_stays_plain(tmp_path):
     assert not model.functions and {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
 
 
-@pytest.mark.parametrize("target", ["ort", "standard"])
-@pytest.mark.parametrize("config", ["W3", "W4-70%", "A8W4@128", "A4W1-2:4"])
+@pytest.mark.parametrize(
+    ("config", "target"), [("W3", "ort"), ("W4-70%", "standard"), ("A8W4@128", "ort"), ("A4W1-2:4", "standard")]
+)
 def test_a_file_is_its_content_and_sixteen_kilobytes(config, target, tmp_path):
     x = torch.randint(0, 65, (2, 16))
     torch.manual_seed(0)
