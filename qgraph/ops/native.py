@@ -37,7 +37,7 @@ FLAGS = (
     *("-fno-rtti", "-fPIC", "-shared", "-pthread", "-Wno-psabi"),
 )
 PROCESSOR_FLAGS = {
-    "AVX2": ("-mavx2", "-mf16c"),
+    "AVX2": ("-mavx2", "-mf16c", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
 COMPILE_SECONDS = 300
@@ -203,9 +203,10 @@ def _load() -> ctypes.CDLL | None:
                 pass  # written by another system, or cut short: built anew
         return _opened(_built(command, path))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        detail = next((line for line in lines if "error" in line), lines[0])
         warnings.warn(
-            f"qgraph: its compiled CPU passes could not be built ({detail.strip().splitlines()[0]}); slower torch "
+            f"qgraph: its compiled CPU passes could not be built ({detail}); slower torch "
             f"operations run instead. Set CXX to a working C++ compiler, or QGRAPH_NATIVE=0 to ask for none.",
             RuntimeWarning,
             stacklevel=2,

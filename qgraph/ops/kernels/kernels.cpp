@@ -30,20 +30,14 @@ void share(Job job, long groups, long threads) {
     for (long t = 1; t < threads; t++) if (started[t]) pthread_join(ids[t], nullptr);
 }
 
-template <typename T, bool affine, bool binary> void forward_job(const Job& job) {
-    for (long g = job.first; g < job.last; g++) {
-        long at = g * job.n;
-        forward_group<T, affine, binary>(
-            (const T*)job.x + at, job.pruned ? (const T*)job.pruned + at : nullptr, (T*)job.out + at, job.n, *job.plan,
-            job.stats[g]);
-    }
-}
-template <typename T, bool affine, bool binary> void backward_job(const Job& job) {
-    for (long g = job.first; g < job.last; g++) {
-        long at = g * job.n;
-        backward_group<T, affine, binary>(
-            (const T*)job.h + at, (const T*)job.x + at, job.pruned ? (const T*)job.pruned + at : nullptr,
-            (T*)job.out + at, job.n, *job.plan, job.stats[g]);
+template <typename T, bool affine, bool binary> void quantize_job(const Job& job) {
+    const long together = groups_at_once(job.n);
+    for (long g = job.first; g < job.last; g += together) {
+        long at = g * job.n, groups = together < job.last - g ? together : job.last - g;
+        const T *x = (const T*)job.x + at, *pruned = job.pruned ? (const T*)job.pruned + at : nullptr;
+        T* out = (T*)job.out + at;
+        if (job.h) backward<T, affine, binary>((const T*)job.h + at, x, pruned, out, groups, job.n, *job.plan, job.stats + g);
+        else forward<T, affine, binary>(x, pruned, out, groups, job.n, *job.plan, job.stats + g);
     }
 }
 template <typename T> void prune_job(const Job& job) {
@@ -58,13 +52,9 @@ template <typename T> void fingerprint_job(const Job& job) {
     }
 }
 
-template <typename T, bool affine, bool binary> void choose(Job& job, bool backward) {
-    job.work = backward ? backward_job<T, affine, binary> : forward_job<T, affine, binary>;
-}
-template <typename T> void choose(Job& job, bool backward) {
-    if (job.plan->affine) choose<T, true, false>(job, backward);
-    else if (job.plan->binary) choose<T, false, true>(job, backward);
-    else choose<T, false, false>(job, backward);
+template <typename T> void (*quantizer_of(const Plan& plan))(const Job&) {
+    if (plan.affine) return quantize_job<T, true, false>;
+    return plan.binary ? quantize_job<T, false, true> : quantize_job<T, false, false>;
 }
 
 }  // namespace
@@ -75,7 +65,7 @@ extern "C" {
 void qgraph_ddt(const Plan* plan, const void* h, const void* x, const void* pruned, void* out, float* stats, long groups,
                 long n, int narrow, long threads) {
     Job job = {plan, h, x, pruned, out, (Stats*)stats, n, 0, groups, 0, 0, nullptr};
-    if (narrow) choose<Bf16>(job, h != nullptr); else choose<float>(job, h != nullptr);
+    job.work = narrow ? quantizer_of<Bf16>(*plan) : quantizer_of<float>(*plan);
     share(job, groups, threads);
 }
 

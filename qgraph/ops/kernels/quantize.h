@@ -31,20 +31,14 @@ template <typename T, typename F> INLINE double sum(const T* x, long n, float fi
 
 template <typename T> INLINE void extremes(const T* x, long n, bool absolute, float& low, float& high) {
     V least_v = all(INFINITY), most = all(-INFINITY), bad = all(0);
-    float first = read(x, 0, 1, 0).part[0][0];
+    float first = single(x[0]);
     runs(n, [&](long i, long count) LAMBDA {
         V v = read(x, i, count, first);
         bad += v - v;  // NaN from the first value on that is NaN or Inf
         if (absolute) v = magnitude(v); else least_v = least(v, least_v);
         most = largest(v, most);
     }, []() LAMBDA {});
-    low = INFINITY; high = -INFINITY;
-    float lows[LANES], highs[LANES];
-    store(lows, least_v); store(highs, most);
-    for (long j = 0; j < LANES; j++) {
-        low = lows[j] < low ? lows[j] : low;
-        high = highs[j] > high ? highs[j] : high;
-    }
+    low = least(least_v); high = -least(all(0) - most);
     float finite = (float)total(bad);
     low += finite; high += finite;  // such a group has no scale, and shows it
 }
@@ -77,7 +71,10 @@ template <typename T> INLINE void scale(const T* x, long n, bool sparse, const P
 
 // -- codes -------------------------------------------------------------------------------------------------------------
 
-template <bool affine> INLINE V position(V x, const Stats& s) { return affine ? (x - s.offset) / s.step : x / s.step; }
+struct Grid { float offset; Divisor step; explicit Grid(const Stats& s) : offset(s.offset), step(s.step) {} };
+template <bool affine> INLINE V position(V x, const Grid& grid) {
+    return affine ? (x - grid.offset) / grid.step : x / grid.step;
+}
 
 template <bool affine, bool binary> INLINE V codes(V f, bool sparse, const Plan& plan) {
     EACH {
@@ -96,28 +93,39 @@ template <bool affine, bool binary> INLINE V codes(V f, bool sparse, const Plan&
 
 // -- forward -----------------------------------------------------------------------------------------------------------
 
-template <typename T, bool affine, bool binary>
-void forward_group(const T* x, const T* pruned, T* y, long n, const Plan& plan, Stats& s) {
-    const bool sparse = pruned != nullptr;
-    const T* source = sparse ? pruned : x;
-    scale(source, n, sparse, plan, s);
+// Short groups go through each pass several at a time: what ends a group is a chain of few operations, under which the
+// processor starts the next.
+constexpr long TOGETHER = 1024;  // values, of which all that is held stays in the nearest cache
+INLINE long groups_at_once(long n) { return n < TOGETHER ? TOGETHER / n : 1; }
+
+template <typename T> OUTLINE void find_scale(const T* x, const T* pruned, long n, const Plan& plan, Stats& s) {
+    scale(pruned ? pruned : x, n, pruned != nullptr, plan, s);
     s.step = nonzero(s.step);
     s.mean_q = s.mean_f = 0;
-    if (!plan.regress) {
-        float step = s.step, offset = s.offset;
-        runs(n, [&](long i, long count) LAMBDA {
-            V q = codes<affine, binary>(position<affine>(read(source, i, count, 0), s), sparse, plan);
-            write(y, i, count, affine ? q * step + offset : q * step);
-        }, []() LAMBDA {});
-        return;
-    }
+}
+
+template <typename T, bool affine, bool binary>
+OUTLINE void dequantize(const T* x, T* y, long n, bool sparse, const Plan& plan, const Stats& s) {
+    const Grid grid(s);
+    float step = s.step, offset = s.offset;
+    runs(n, [&](long i, long count) LAMBDA {
+        V q = codes<affine, binary>(position<affine>(read(x, i, count, 0), grid), sparse, plan);
+        write(y, i, count, affine ? q * step + offset : q * step);
+    }, []() LAMBDA {});
+}
+
+// Leaves the codes in y.
+template <typename T, bool affine, bool binary>
+OUTLINE void regress(const T* x, const T* pruned, T* y, long n, const Plan& plan, Stats& s) {
+    const bool sparse = pruned != nullptr;
+    const Grid grid(s);
     V q_part = all(0), qq_part = all(0), e_part = all(0), eq_part = all(0);
     double sum_q = 0, sum_qq = 0, sum_e = 0, sum_eq = 0;
     // Beyond the end f and q are 0; binary codes are never 0, so there they are cleared.
     float filler = s.offset;
     runs(n, [&](long i, long count) LAMBDA {
-        V f = position<affine>(read(x, i, count, filler), s);
-        V q = codes<affine, binary>(sparse ? position<affine>(read(pruned, i, count, filler), s) : f, sparse, plan);
+        V f = position<affine>(read(x, i, count, filler), grid);
+        V q = codes<affine, binary>(sparse ? position<affine>(read(pruned, i, count, filler), grid) : f, sparse, plan);
         if (count < LANES) { q = cleared(q, count); f = cleared(f, count); }
         write(y, i, count, q);  // whole numbers that both types hold
         V e = f - q;
@@ -127,12 +135,15 @@ void forward_group(const T* x, const T* pruned, T* y, long n, const Plan& plan, 
         sum_qq += total(qq_part); sum_eq += total(eq_part); qq_part = eq_part = all(0);
         if (affine) { sum_q += total(q_part); sum_e += total(e_part); q_part = e_part = all(0); }
     });
-    double mean_q = sum_q / n, mean_e = sum_e / n;
-    double variance = sum_qq / n - mean_q * mean_q, covariance = sum_eq / n - mean_q * mean_e;
+    double share = 1.0 / n, mean_q = sum_q * share, mean_e = sum_e * share;
+    double variance = sum_qq * share - mean_q * mean_q, covariance = sum_eq * share - mean_q * mean_e;
     double ridge = variance + plan.lam;
     if (ridge == 0) ridge = 1;
-    double slope = (variance + covariance) / ridge;
-    s.mean_q = (float)mean_q; s.mean_f = (float)(mean_q + mean_e); s.slope = (float)slope; s.ridge = (float)ridge;
+    s.mean_q = (float)mean_q; s.mean_f = (float)(mean_q + mean_e);
+    s.slope = (float)((variance + covariance) / ridge); s.ridge = (float)ridge;
+}
+
+template <typename T, bool affine> OUTLINE void denoise(T* y, long n, const Stats& s) {
     float gain = s.slope * s.step, centre = s.mean_q, base = s.offset + s.mean_f * s.step;
     runs(n, [&](long i, long count) LAMBDA {
         V q = read(y, i, count, 0);
@@ -140,35 +151,54 @@ void forward_group(const T* x, const T* pruned, T* y, long n, const Plan& plan, 
     }, []() LAMBDA {});
 }
 
+template <typename T, bool affine, bool binary>
+void forward(const T* x, const T* pruned, T* y, long groups, long n, const Plan& plan, Stats* s) {
+    auto at = [n](const T* values, long g) LAMBDA { return values ? values + g * n : nullptr; };
+    for (long g = 0; g < groups; g++) find_scale(x + g * n, at(pruned, g), n, plan, s[g]);
+    if (!plan.regress) {
+        const T* source = pruned ? pruned : x;
+        for (long g = 0; g < groups; g++)
+            dequantize<T, affine, binary>(source + g * n, y + g * n, n, pruned != nullptr, plan, s[g]);
+        return;
+    }
+    for (long g = 0; g < groups; g++)
+        regress<T, affine, binary>(x + g * n, at(pruned, g), y + g * n, n, plan, s[g]);
+    for (long g = 0; g < groups; g++) denoise<T, affine>(y + g * n, n, s[g]);
+}
+
 // -- backward ----------------------------------------------------------------------------------------------------------
 
 template <typename T, bool affine, bool binary>
-void backward_group(const T* h, const T* x, const T* pruned, T* grad, long n, const Plan& plan, const Stats& s) {
-    const bool sparse = pruned != nullptr;
+INLINE V codes_at(const T* x, const T* pruned, long i, long count, const Grid& grid, const Plan& plan, V& f, V& source) {
+    f = position<affine>(read(x, i, count, grid.offset), grid);
+    source = pruned ? position<affine>(read(pruned, i, count, grid.offset), grid) : f;
+    return codes<affine, binary>(source, pruned != nullptr, plan);
+}
+INLINE V beyond(V source, const Plan& plan) {  // 1 where a value is outside of the window
+    V away = magnitude(source - plan.middle), far;
+    EACH far.part[k] = away.part[k] > plan.reach ? F{} + 1 : F{};
+    return far;
+}
+
+struct Pull { float push, constant, level; };
+
+// Keeps what the second pass needs of each value, in `kept` and `outside`, where these are not null.
+template <typename T, bool affine, bool binary>
+OUTLINE Pull pull_of(const T* h, const T* x, const T* pruned, float* kept, float* outside, long n, const Plan& plan,
+                    const Stats& s) {
+    const Grid grid(s);
     V hq_part = all(0), h_part = all(0);
     double sum_hq = 0, sum_h = 0;
-    float rest = 1 - s.slope, twice = 2 * rest, filler = s.offset;
-    constexpr bool wide = sizeof(T) == sizeof(float);
-    float terms[CHUNK], outside[CHUNK];  // of a short group, so that its codes are computed once
-    const bool stored = n <= CHUNK || (wide && !plan.windowed);
-    float* kept = n <= CHUNK ? terms : (float*)grad;
-    auto at = [&](long i, long count, V& f, V& source) LAMBDA {
-        f = position<affine>(read(x, i, count, filler), s);
-        source = sparse ? position<affine>(read(pruned, i, count, filler), s) : f;
-        return codes<affine, binary>(source, sparse, plan);
-    };
+    float rest = 1 - s.slope, twice = 2 * rest;
     runs(n, [&](long i, long count) LAMBDA {
-        V f, source, q = at(i, count, f, source), up = read(h, i, count, 0);
+        V f, source, q = codes_at<T, affine, binary>(x, pruned, i, count, grid, plan, f, source), up = read(h, i, count, 0);
         hq_part += up * q;
         if (affine) h_part += up;
-        if (!stored) return;
+        if (!kept) return;
         V u = (f - q) + q * twice;
         if (plan.windowed) {
-            V away = magnitude(source - plan.middle), far;
-            EACH {
-                u.part[k] = away.part[k] > plan.reach ? q.part[k] : u.part[k];
-                far.part[k] = away.part[k] > plan.reach ? F{} + 1 : F{};
-            }
+            V far = beyond(source, plan);
+            EACH u.part[k] = far.part[k] > 0 ? q.part[k] : u.part[k];
             write(outside, i, count, far);
         }
         write(kept, i, count, u);
@@ -176,30 +206,51 @@ void backward_group(const T* h, const T* x, const T* pruned, T* grad, long n, co
         sum_hq += total(hq_part); hq_part = all(0);
         if (affine) { sum_h += total(h_part); h_part = all(0); }
     });
-    double mean_h = sum_h / n;
-    float push = (float)((sum_hq / n - (double)s.mean_q * mean_h) / s.ridge);
+    double share = 1.0 / n, mean_h = sum_h * share;
+    float push = (float)((sum_hq * share - (double)s.mean_q * mean_h) / s.ridge);
+    if (!affine) return {push, 0, 0};
     double mean_e = (double)s.mean_f - s.mean_q;
-    float constant = affine ? (float)(rest * mean_h - push * (mean_e + (double)twice * s.mean_q)) : 0;
-    float slope = s.slope, level = affine ? (float)(mean_h - (double)push * s.mean_q) : 0;
+    return {push, (float)(rest * mean_h - push * (mean_e + (double)twice * s.mean_q)),
+            (float)(mean_h - (double)push * s.mean_q)};
+}
+
+template <typename T, bool affine, bool binary>
+OUTLINE void pull(const T* h, const T* x, const T* pruned, const float* kept, const float* outside, T* grad, long n,
+                 const Plan& plan, const Stats& s, const Pull& p) {
+    float slope = s.slope;
     runs(n, [&](long i, long count) LAMBDA {
         V up = read(h, i, count, 0), u, far_value = all(0), far = all(0);
-        if (stored) {
+        if (kept) {
             u = read(kept, i, count, 0);
             if (plan.windowed) {
                 far = read(outside, i, count, 0);
-                far_value = u * push + level;
+                far_value = u * p.push + p.level;
             }
         } else {
-            V f, source, q = at(i, count, f, source), away = magnitude(source - plan.middle);
-            EACH far.part[k] = away.part[k] > plan.reach ? F{} + 1 : F{};
-            u = (f - q) + q * twice;
-            far_value = q * push + level;
+            V f, source, q = codes_at<T, affine, binary>(x, pruned, i, count, Grid(s), plan, f, source);
+            far = beyond(source, plan);
+            u = (f - q) + q * (2 * (1 - s.slope));
+            far_value = q * p.push + p.level;
         }
-        V g = u * push + up * slope;
-        if (affine) g = g + constant;
+        V g = u * p.push + up * slope;
+        if (affine) g = g + p.constant;
         if (plan.windowed) EACH g.part[k] = far.part[k] > 0 ? far_value.part[k] : g.part[k];
         write(grad, i, count, g);
     }, []() LAMBDA {});
+}
+
+template <typename T, bool affine, bool binary>
+void backward(const T* h, const T* x, const T* pruned, T* grad, long groups, long n, const Plan& plan, const Stats* s) {
+    // Short groups keep what was computed of a value; a long one has room for one float a value, in its gradient.
+    float terms[CHUNK], outside[CHUNK]; Pull pulls[TOGETHER];
+    float* kept = n <= CHUNK ? terms : sizeof(T) == sizeof(float) && !plan.windowed ? (float*)grad : nullptr;
+    auto at = [n](auto* values, long g) LAMBDA { return values ? values + g * n : nullptr; };
+    for (long g = 0; g < groups; g++)
+        pulls[g] = pull_of<T, affine, binary>(
+            h + g * n, x + g * n, at(pruned, g), at(kept, g), outside + g * n, n, plan, s[g]);
+    for (long g = 0; g < groups; g++)
+        pull<T, affine, binary>(
+            h + g * n, x + g * n, at(pruned, g), at(kept, g), outside + g * n, grad + g * n, n, plan, s[g], pulls[g]);
 }
 
 }  // namespace
