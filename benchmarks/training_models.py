@@ -75,7 +75,7 @@ class ResNet18(nn.Module):
 
 def gpt() -> tuple[nn.Module, Tensor, Tensor]:
     """A model, a batch and its targets."""
-    ids = torch.randint(0, 512, (4, 129), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 512, (16, 129), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     return Gpt(), ids[:, :-1], ids[:, 1:]
 
@@ -83,7 +83,7 @@ def gpt() -> tuple[nn.Module, Tensor, Tensor]:
 def resnet18() -> tuple[nn.Module, Tensor, Tensor]:
     """A model, a batch and its targets."""
     generator = torch.Generator().manual_seed(0)
-    images, classes = torch.randn(16, 3, 64, 64, generator=generator), torch.randint(0, 100, (16,), generator=generator)
+    images, classes = torch.randn(64, 3, 64, 64, generator=generator), torch.randint(0, 100, (64,), generator=generator)
     torch.manual_seed(0)
     return ResNet18(), images, classes
 

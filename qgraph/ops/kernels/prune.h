@@ -65,40 +65,76 @@ template <typename T> void prune_row(const T* w, T* y, long length, int n, int m
     for (; i < length; i += m) prune_run(w + i, y + i, n, (int)(length - i < m ? length - i : m));
 }
 
-// The `kept` largest of all n values stay, of equal ones the first: a radix selection, sixteen bits at a time.
-template <typename T> int prune_largest(const T* w, T* y, long n, long kept) {
-    constexpr long BINS = 1 << 15, COPIES = 4;  // of the upper half a bin is seldom met twice in a row in one copy
-    uint32_t* counts = (uint32_t*)calloc(COPIES * BINS + (1 << 16), sizeof(uint32_t));
-    if (!counts) return 1;
-    uint32_t *high = counts, *low = counts + COPIES * BINS;
-    for (long i = 0; i < n; i++) high[(i % COPIES) * BINS + (key(w + i) >> 16)]++;
-    for (long b = 0; b < BINS; b++) high[b] += high[BINS + b] + high[2 * BINS + b] + high[3 * BINS + b];
-    long above = 0, bin = BINS - 1;
-    while (above + high[bin] < kept) above += high[bin--];
-    uint32_t threshold = (uint32_t)bin << 16;
-    long level = high[bin];
-    if (sizeof(T) == sizeof(float)) {
-        for (long i = 0; i < n; i++) {
-            uint32_t k = key(w + i);
-            if (k >> 16 == (uint32_t)bin) low[k & 0xffff]++;
+// The key of a rank, from 1 on, in falling order, among `count` that agree in all bits from `bits` on: by one digit after the
+// other. Leaves `count` of them that are equal to it, and its rank among these; the keys are overwritten.
+INLINE uint32_t select(uint32_t* keys, long& count, int bits, long& rank) {
+    constexpr int DIGIT = 10, BINS = 1 << DIGIT;
+    for (int shift = bits - DIGIT; shift >= 0; shift -= DIGIT) {
+        uint32_t counts[BINS] = {};
+        for (long i = 0; i < count; i++) counts[keys[i] >> shift & (BINS - 1)]++;
+        uint32_t bin = BINS - 1;
+        while (rank > counts[bin]) rank -= counts[bin--];
+        long left = 0;
+        for (long i = 0; i < count; i++) {
+            uint32_t k = keys[i];
+            keys[left] = k;
+            left += (k >> shift & (BINS - 1)) == bin;
         }
-        long place = (1 << 16) - 1;
-        while (above + low[place] < kept) above += low[place--];
-        threshold |= (uint32_t)place;
-        level = low[place];
+        count = left;
     }
-    free(counts);
-    long of_level = kept - above;  // so many of the values at the threshold stay
-    if (of_level == level) {
-        for (long i = 0; i < n; i++) keep(w + i, y + i, key(w + i) >= threshold);
-        return 0;
+    return keys[0];
+}
+
+template <typename T> INLINE void keep_from(const T* w, T* y, long n, uint32_t threshold) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        V v = load(w + i);
+        EACH {
+            U bits = (U)v.part[k] & 0x7fffffffu;
+            bits = bits > INFINITE ? U{} + INFINITE : bits;
+            v.part[k] = v.part[k] * (bits >= threshold ? F{} + 1 : F{});
+        }
+        store(y + i, v);
     }
+    for (; i < n; i++) keep(w + i, y + i, key(w + i) >= threshold);
+}
+
+// The place after the `rank`-th value whose key is `of`.
+template <typename T> INLINE long place_after(const T* w, long n, uint32_t of, long rank) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        int here = 0;
+        for (long j = i; j < i + LANES; j++) here += key(w + j) == of;
+        if (here >= rank) break;
+        rank -= here;
+    }
+    while (rank > 0) rank -= key(w + i++) == of;
+    return i;
+}
+
+// The `kept` largest of all n values stay, of equal ones the first. The upper bits of a key say which few values are near
+// the one that is the last to stay.
+template <typename T> int prune_largest(const T* w, T* y, long n, long kept) {
+    constexpr long LOWER = 20, BINS = 1 << (31 - LOWER), COPIES = 4;  // of a bin, which is seldom met twice in a row in one
+    uint32_t counts[COPIES][BINS] = {};
+    for (long i = 0; i < n; i++) counts[i % COPIES][key(w + i) >> LOWER]++;
+    auto in = [&](uint32_t bin) { return (long)counts[0][bin] + counts[1][bin] + counts[2][bin] + counts[3][bin]; };
+    uint32_t bin = BINS - 1;
+    long rank = kept;
+    while (rank > in(bin)) rank -= in(bin--);
+    long near = in(bin), found = 0;
+    uint32_t* keys = (uint32_t*)malloc((near + 1) * sizeof(uint32_t));
+    if (!keys) return 1;
     for (long i = 0; i < n; i++) {
         uint32_t k = key(w + i);
-        long level_kept = (k == threshold) & (of_level > 0);
-        of_level -= level_kept;
-        keep(w + i, y + i, (k > threshold) | level_kept);
+        keys[found] = k;
+        found += k >> LOWER == bin;
     }
+    uint32_t threshold = select(keys, near, LOWER, rank);  // of the values equal to it the first `rank` stay
+    free(keys);
+    long cut = near == rank ? n : place_after(w, n, threshold, rank);
+    keep_from(w, y, cut, threshold);
+    keep_from(w + cut, y + cut, n - cut, threshold + 1);
     return 0;
 }
 
