@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from qgraph.errors import CalibrationError, ExportError
 from qgraph.exporters.signature import FlatInputs, FlatModel, flat_model, flatten_inputs, run_eagerly
 from qgraph.exporters.trace import DEFAULT_OPSET, MINIMUM_OPSET
+from qgraph.exporters.verify import worst_difference
 from qgraph.graph import STATE
-from qgraph.modules import Collected, Quantizer, Sparsifier, collecting
+from qgraph.modules import Collected, Quantizer, Sparsifier, WeightQuantizer, collecting
 
 TARGETS = ("standard", "ort", "qdq")
+SCALES = {"float32": torch.float32, "float16": torch.float16}
 Say = Callable[[str], None]
 
 
@@ -36,6 +38,7 @@ class Job:
     target: str
     say: Say
     notes: list[str]
+    scale_dtype: torch.dtype = torch.float32
     float_kernels: bool = True
     python: bool = False  # whether the modules' own Python is traced, not their captured graphs
 
@@ -51,7 +54,7 @@ class Job:
         return type(self.original).__name__
 
 
-def check_arguments(prepared: Any, target: str, opset: int | None) -> None:
+def check_arguments(prepared: Any, target: str, opset: int | None, scale_dtype: str) -> None:
     if not isinstance(prepared, nn.Module):
         raise ExportError(
             f"export: found a {type(prepared).__name__} in place of the model; expected the nn.Module that "
@@ -60,6 +63,10 @@ def check_arguments(prepared: Any, target: str, opset: int | None) -> None:
     if target not in TARGETS:
         raise ExportError(
             f"export: found target={target!r}; expected one of {', '.join(map(repr, TARGETS))}; choose one"
+        )
+    if scale_dtype not in SCALES:
+        raise ExportError(
+            f"export: found scale_dtype={scale_dtype!r}; expected one of {', '.join(map(repr, SCALES))}; choose one"
         )
     if opset is not None and not (isinstance(opset, int) and MINIMUM_OPSET <= opset <= onnx_opset_version()):
         raise ExportError(
@@ -89,6 +96,7 @@ def prepare_job(
     example_kwargs: Mapping[str, Any] | None,
     opset: int,
     target: str,
+    scale_dtype: str,
     say: Say,
 ) -> Job:
     for name, parameter in [*prepared.named_parameters(), *prepared.named_buffers()]:
@@ -124,7 +132,36 @@ def prepare_job(
             f"{', '.join(flat.dropped) or 'nothing'}); a file needs "
             "at least one; return one"
         )
-    return Job(model, flat, reference, collected, prepared, opset, target, say, notes)
+    job = Job(model, flat, reference, collected, prepared, opset, target, say, notes)
+    if SCALES[scale_dtype] != torch.float32:
+        _round_scales(job, SCALES[scale_dtype])
+    return job
+
+
+def _round_scales(job: Job, dtype: torch.dtype) -> None:
+    """Let the working copy compute with scales that `dtype` holds, and note how far that is from the trained model."""
+    for site, found in job.collected.weights.items():
+        rounded = found.with_scales_of(dtype).scale
+        if found.scale is None or rounded is None:
+            continue
+        lost = ~rounded.isfinite() | ((rounded == 0) & (found.scale != 0))
+        if bool(lost.any()):
+            raise ExportError(
+                f"export of {job.name}: {site} has a scale of {found.scale[lost].flatten()[0]:.3g}, which "
+                f"{str(dtype).removeprefix('torch.')} does not hold; expected {torch.finfo(dtype).tiny:.1g} to "
+                f"{torch.finfo(dtype).max:g}; leave scale_dtype at 'float32'"
+            )
+    for module in job.model.modules():
+        if isinstance(module, WeightQuantizer):
+            module.scale_dtype = dtype
+    with collecting() as job.collected:
+        rounded_reference = run_eagerly(job.flat, job.flat.inputs.tensors)
+    away = worst_difference(job.reference, [tensor.numpy() for tensor in rounded_reference])
+    job.reference, job.scale_dtype = rounded_reference, dtype
+    job.notes.append(
+        f"scales are stored as {str(dtype).removeprefix('torch.')}, and the file is compared with the model that has "
+        f"them so: on the example it is {away:.1e} from the trained one"
+    )
 
 
 def _working_copy(prepared: nn.Module) -> nn.Module:

@@ -124,7 +124,7 @@ def _unpacked(packed: PackedWeight, layer: LayerReport) -> Unpacked:
     return Unpacked(
         weight=weight,
         codes=codes,
-        scale=packed.arrays.get("scale"),
+        scale=None if quantized.scale is None else quantized.scale.numpy(),
         zero_point=packed.arrays.get("zero_point"),
         mask=((weight if codes is None else codes) != 0) if packed.sparse else None,
         spec=packed.spec,

@@ -89,7 +89,8 @@ class FrozenWeight(AlwaysOn, WeightQuantizer):
             count *= size
         levels = unpack_bits(self.codes, self.width, count).to(dtype) * self.stride + self.low
         zero = None if self.zero_point is None else self.zero_point.float()
-        return Quantized(levels.view(self.shape), self.scale.float(), zero, self.groups, self.spec, self.sparse)
+        found = Quantized(levels.view(self.shape), self.scale.float(), zero, self.groups, self.spec, self.sparse)
+        return found.with_scales_of(self.scale_dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(self.scale.new_empty(0, dtype=self.dtype)).dtype

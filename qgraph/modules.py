@@ -193,6 +193,8 @@ class WeightQuantizer(Quantizer):
     Shape: any floating tensor in, the same shape and dtype out. Source: arXiv 2409.09245, section 3.
     """
 
+    scale_dtype = torch.float32  # an export sets another in its copy of a model: scales are rounded to it
+
     def __init__(self, spec: QuantSpec, groups: Groups, site: str) -> None:
         super().__init__(spec, groups, site)
         self.memo = Memo()
@@ -206,14 +208,14 @@ class WeightQuantizer(Quantizer):
         if run.exporting:
             run.emitted.add(self.site)
             return torch.ops.qgraph.weight(weight if dense is None else dense, self.site)
-        if run.collected is not None:
-            run.collected.weights[self.site] = quantize(
-                weight.detach(),
-                self.spec,
-                self.groups,
-                dense=None if dense is None else dense.detach(),
-                step=self.step,
-            )
+        if run.collected is not None or self.scale_dtype != torch.float32:
+            pruned = None if dense is None else dense.detach()
+            deployed = quantize(weight.detach(), self.spec, self.groups, dense=pruned, step=self.step)
+            deployed = deployed.with_scales_of(self.scale_dtype)
+            if run.collected is not None:
+                run.collected.weights[self.site] = deployed
+            if self.scale_dtype != torch.float32:
+                return deployed.dequantize().to(weight.dtype)
         if self.step is None and not torch.compiler.is_compiling():
             known = self.memo.quantized(weight, dense, self.spec, self.groups)
             if known is not None:

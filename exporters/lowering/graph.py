@@ -11,7 +11,9 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qgraph.errors import ExportError
@@ -49,6 +51,7 @@ def lower(
     follow: dict[str, ir.Value] | None = None,
     *,
     float_kernels: bool = True,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> Lowered:
     """Lower a traced graph in place.
 
@@ -63,22 +66,31 @@ def lower(
         Kept up to date, in place, where one of its values is replaced by another.
     float_kernels : bool
         Whether MatMulNBits may be used on float activations.
+    scale_dtype : torch.dtype
+        In which scales are stored, float32 or float16; they are rounded to it already.
 
     Raises
     ------
     ExportError
         When the graph has a site that the eager run did not show.
     """
-    return _Lowering(model, collected, target, {} if follow is None else follow, float_kernels).run()
+    return _Lowering(model, collected, target, {} if follow is None else follow, float_kernels, scale_dtype).run()
 
 
 class _Lowering:
     """State of one run: the builder, what is packed, and caches of values that several uses share."""
 
     def __init__(
-        self, model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value], float_kernels: bool
+        self,
+        model: ir.Model,
+        collected: Collected,
+        target: str,
+        follow: dict[str, ir.Value],
+        float_kernels: bool,
+        scale_dtype: torch.dtype,
     ) -> None:
         self.float_kernels = float_kernels
+        self.scale_dtype = np.float16 if scale_dtype == torch.float16 else np.float32
         self.follow = follow
         self.graph = model.graph
         self.collected = collected
@@ -152,7 +164,9 @@ class _Lowering:
         first = self.by_content.setdefault(digest, site)
         if first == site:
             sparsity = self.collected.sparsity.get(site)
-            packed = pack(quantized, sparsity=sparsity, align_rows=digest in self.gathered)
+            packed = pack(
+                quantized, sparsity=sparsity, align_rows=digest in self.gathered, scale_dtype=self.scale_dtype
+            )
         else:
             packed = self.records[first].packed
         self.records[site] = WeightRecord(site, packed, None if first == site else first)

@@ -58,6 +58,10 @@ class Quantized:
             codes = [code - zero for code, zero in zip(codes, zeros, strict=True)]
         return self.groups.join([c * s for c, s in zip(codes, scales, strict=True)], shape)
 
+    def with_scales_of(self, dtype: torch.dtype) -> Quantized:
+        """The same with scales that `dtype` holds, still as float32."""
+        return self if self.scale is None else replace(self, scale=self.scale.to(dtype).float())
+
 
 @torch.no_grad()
 def quantize(
