@@ -13,7 +13,7 @@ from torch import nn
 
 from qgraph.exporters.lowering.graph import Lowered
 from qgraph.exporters.lowering.records import WeightRecord
-from qgraph.exporters.report import PARTS, ExportReport, LayerReport, Leftover
+from qgraph.exporters.report import PARTS, ExportReport, LayerReport, Leftover, site_of, stored_bytes
 from qgraph.exporters.verify import Verified
 from qgraph.graph import config_of, sites
 from qgraph.modules import Collected, Quantizer, Sparsifier
@@ -48,6 +48,23 @@ def assemble(
     )
 
 
+def as_stored(report: ExportReport, file: ir.Model) -> ExportReport:
+    """The report of a graph whose weights have been unpacked."""
+    sizes = {name: value.const_value.nbytes for name, value in file.graph.initializers.items() if value.const_value}
+    layers = tuple(
+        layer if layer.shared_with else dataclasses.replace(layer, bytes=stored_bytes(site_of(layer), sizes))
+        for layer in report.layers
+    )
+    packed, stored = (sum(layer.bytes for layer in found) for found in (report.layers, layers))
+    return dataclasses.replace(
+        report,
+        layers=layers,
+        packed_bytes=packed,
+        ideal_bytes=report.ideal_bytes - packed + stored,
+        bits_per_weight=report.bits_per_weight * stored / packed if packed else 0.0,
+    )
+
+
 def describe(report: ExportReport, *, file_bytes: int, verified: Verified | None) -> ExportReport:
     """The report with the size of the file and the outcome of the verification."""
     if verified is None:
@@ -67,8 +84,7 @@ def describe(report: ExportReport, *, file_bytes: int, verified: Verified | None
 
 
 def _difference(layer: LayerReport, differences: Mapping[str, float]) -> float | None:
-    site = f"{layer.path}.{layer.operand}" if layer.path else layer.operand
-    return differences.get(layer.path, differences.get(site))
+    return differences.get(layer.path, differences.get(site_of(layer)))
 
 
 def _weight_layer(record: WeightRecord, lowered: Lowered, collected: Collected) -> LayerReport:

@@ -39,6 +39,7 @@ class Job:
     say: Say
     notes: list[str]
     scale_dtype: torch.dtype = torch.float32
+    preunpacked: bool = False
     float_kernels: bool = True
     python: bool = False  # whether the modules' own Python is traced, not their captured graphs
 
@@ -54,7 +55,7 @@ class Job:
         return type(self.original).__name__
 
 
-def check_arguments(prepared: Any, target: str, opset: int | None, scale_dtype: str) -> None:
+def check_arguments(prepared: Any, target: str, opset: int | None, scale_dtype: str, preunpacked: bool) -> None:
     if not isinstance(prepared, nn.Module):
         raise ExportError(
             f"export: found a {type(prepared).__name__} in place of the model; expected the nn.Module that "
@@ -63,6 +64,11 @@ def check_arguments(prepared: Any, target: str, opset: int | None, scale_dtype: 
     if target not in TARGETS:
         raise ExportError(
             f"export: found target={target!r}; expected one of {', '.join(map(repr, TARGETS))}; choose one"
+        )
+    if preunpacked and target == "qdq":
+        raise ExportError(
+            "export: found preunpacked=True with target='qdq', whose weights are as runtimes take them already; "
+            "expected 'ort' or 'standard' with it; leave it out"
         )
     if scale_dtype not in SCALES:
         raise ExportError(

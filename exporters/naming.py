@@ -39,7 +39,7 @@ def rename(graph: ir.Graph) -> None:
     """
     taken: set[str] = set()
     for node, path in list(_paths(graph)):
-        node.name = _unique(f"{path}/{node.op_type}" if path else node.op_type, taken)
+        node.name = unique(f"{path}/{node.op_type}" if path else node.op_type, taken)
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
@@ -252,7 +252,8 @@ def common_path(one: str, other: str) -> str:
     return ".".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def unique(name: str, taken: set[str]) -> str:
+    """The name, with a number behind it where it is taken; it is taken from then on."""
     candidate, count = name, 0
     while candidate in taken:
         count += 1

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qgraph.errors import ExportError
-from qgraph.exporters.assemble import assemble, describe
+from qgraph.exporters.assemble import as_stored, assemble, describe
 from qgraph.exporters.job import Job, Say, check_arguments, prepare_job
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
 from qgraph.exporters.lowering.qdq import FOUR_BITS, TWO_BITS, TWO_BITS_IR
@@ -32,6 +32,7 @@ from qgraph.exporters.naming import (
     thin_names,
 )
 from qgraph.exporters.outline import outline, owners
+from qgraph.exporters.preunpack import preunpack
 from qgraph.exporters.report import ExportReport, metadata
 from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
 from qgraph.exporters.signature import run_eagerly
@@ -52,6 +53,7 @@ def export(
     dynamic_shapes: Any = None,
     opset: int | None = None,
     scale_dtype: Literal["float32", "float16"] = "float32",
+    preunpacked: bool = False,
     verify: bool = True,
     progress: bool = True,
 ) -> ExportReport:
@@ -81,6 +83,9 @@ def export(
         How scales of weights are stored. Rounding them to float16 changes a weight by a two-thousandth of its distance
         from the zero point at most; the file is compared with the model that has them so, and the report says how far
         that one's outputs are from the trained one's.
+    preunpacked : bool
+        Store weights as a runtime holds them once it has loaded a packed file (the 4-bit codes of a kernel, int8, or
+        float): a larger file, which loads without unpacking. The report gives both sizes.
     verify : bool
         Run the file in onnxruntime, with and without its optimizer, and compare with the model.
     progress : bool
@@ -97,10 +102,11 @@ def export(
         that was there is as it was.
     """
     path, prepared = Path(path), unwrapped(prepared)
-    check_arguments(prepared, target, opset, scale_dtype)
+    check_arguments(prepared, target, opset, scale_dtype, preunpacked)
     with workspace(path) as folder, _teller(progress) as say:
         opset = opset or (FOUR_BITS if target == "qdq" else DEFAULT_OPSET)
         job = prepare_job(prepared, example_inputs, example_kwargs, opset, target, scale_dtype, say)
+        job.preunpacked = preunpacked
         say("looking for dynamic sizes")
         plans = _plans(job, dynamic_shapes)
         built = _first_that_works(job, plans, folder, path, verify, given=dynamic_shapes is not None)
@@ -196,6 +202,9 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     report = _report(job, model, lowered, plan, notes, path, own)
     merge_reshapes(model.graph)
     remove_unused(model.graph)
+    if job.preunpacked:
+        preunpack(model, [site for site, record in lowered.weights.items() if record.shared_with is None])
+        report = as_stored(report, model)
     owned_by = owners(model.graph)
     thin_names(lowered.nodes)
     drop_defaults(model.graph)

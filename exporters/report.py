@@ -5,6 +5,7 @@ file itself.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ LAYERS, CONFIG, VERSION, TARGET, BITS, DYNAMIC, LEFTOVERS = (
 )
 
 PARTS = ("packed", "mask", "scale", "zero_point")  # initializers of one weight, `<site>.<part>`
+UNPACKED = "unpacked"  # and of one that is stored as runtimes hold it, `<site>.unpacked`, `<site>.unpacked_1` ..
+PREUNPACKED = "qgraph.packed_bytes"  # in the metadata of a file of such weights: what they would take packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,11 @@ class LayerReport:
         return count if self.shape else 0
 
 
+def site_of(layer: LayerReport) -> str:
+    """The name of its parameter, or of its operand."""
+    return f"{layer.path}.{layer.operand}" if layer.path else layer.operand
+
+
 @dataclass(frozen=True, slots=True)
 class Leftover:
     """A float tensor that the file holds as it is."""
@@ -77,9 +85,10 @@ class Leftover:
 class ExportReport:
     """What `qgraph.export` wrote and checked; `print` it.
 
-    `ideal_bytes` are codes, scales, zero points and float leftovers alone; `file_bytes` is what the file
-    takes. `max_difference` is relative to the largest output; `flips` counts activation codes on a rounding
-    tie that onnxruntime and torch round apart.
+    `ideal_bytes` are codes, scales, zero points and float leftovers alone; `file_bytes` is what the file takes.
+    `packed_bytes` is None but for a file with ``preunpacked=True``: what its weights would take packed, where the other
+    figures are of what is stored. `max_difference` is relative to the largest output; `flips` counts activation codes
+    on a rounding tie that onnxruntime and torch round apart.
     """
 
     path: str
@@ -91,6 +100,7 @@ class ExportReport:
     file_bytes: int
     ideal_bytes: int
     bits_per_weight: float
+    packed_bytes: int | None = None
     max_difference: float | None = None
     flips: int = 0
     verified: tuple[str, ...] = ()
@@ -140,6 +150,9 @@ class ExportReport:
             f"{self.bits_per_weight:.3f} bits per quantized weight",
             "dynamic sizes: " + ("; ".join(self.dynamic) or "none, the file takes the example's sizes alone"),
         ]
+        if self.packed_bytes is not None:
+            stored = sum(layer.bytes for layer in self.layers)
+            lines.append(f"weights unpacked, as a runtime holds them: {stored:,} bytes; packed {self.packed_bytes:,}")
         if self.max_difference is None:
             lines.append("not verified")
         else:
@@ -194,7 +207,9 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
     for item in report.leftovers:
         leftovers.setdefault(item.reason, []).append(item.name)
     compact: dict[str, Any] = {"separators": (",", ":")}
+    unpacked = {} if report.packed_bytes is None else {PREUNPACKED: str(report.packed_bytes)}
     return {
+        **unpacked,
         VERSION: version,
         CONFIG: report.config,
         TARGET: report.target,
@@ -255,6 +270,7 @@ def _read(path: Path, model: onnx.ModelProto, found: Mapping[str, str]) -> Expor
         file_bytes=path.stat().st_size + (data.stat().st_size if data.exists() else 0),
         ideal_bytes=sum(layer.bytes for layer in layers) + sum(item.bytes for item in leftovers),
         bits_per_weight=float(found[BITS]),
+        packed_bytes=int(found[PREUNPACKED]) if PREUNPACKED in found else None,
         inputs=tuple(value.name for value in model.graph.input),
         outputs=tuple(value.name for value in model.graph.output),
     )
@@ -278,12 +294,19 @@ def _layer(
         groups=kind.get("groups", ""),
         axis=kind.get("axis", 0),
         format=kind.get("format", ""),
-        bytes=sum(sizes.get(f"{site}.{part}", 0) for part in PARTS),
+        bytes=stored_bytes(site, sizes),
         form=kind.get("form", ""),
         activation=spec("activation"),
         sparsity=kind.get("sparsity"),
         shared_with=kind.get("shared_with"),
     )
+
+
+def stored_bytes(site: str, sizes: Mapping[str, int]) -> int:
+    """The bytes of a weight, of the bytes of all initializers by name."""
+    unpacked = itertools.chain([f"{site}.{UNPACKED}"], (f"{site}.{UNPACKED}_{i}" for i in itertools.count(1)))
+    own = itertools.takewhile(sizes.__contains__, unpacked)
+    return sum(sizes.get(f"{site}.{part}", 0) for part in PARTS) + sum(sizes[name] for name in own)
 
 
 def _nbytes(tensor: onnx.TensorProto) -> int:
@@ -300,8 +323,7 @@ def _cells(layer: LayerReport) -> list[str]:
     form = layer.form if not layer.notes else f"{layer.form} ({'; '.join(layer.notes)})"
     stored = f"as {layer.shared_with}" if layer.shared_with else f"{layer.bytes:,}"
     difference = "" if layer.max_difference is None else f"{layer.max_difference:.0e}"
-    name = f"{layer.path}.{layer.operand}" if layer.path else layer.operand
-    return [name, layer.op, weight, layer.groups, _short(layer.activation), stored, form, difference]
+    return [site_of(layer), layer.op, weight, layer.groups, _short(layer.activation), stored, form, difference]
 
 
 def _short(spec: QuantSpec | None) -> str:

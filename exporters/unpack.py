@@ -16,7 +16,7 @@ from qgraph.errors import InspectError
 from qgraph.exporters.lowering import qdq
 from qgraph.exporters.packing import PackedWeight, pack, restore
 from qgraph.exporters.packing import unpack as unpack_weight
-from qgraph.exporters.report import PARTS, LayerReport, read_report
+from qgraph.exporters.report import PARTS, LayerReport, read_report, site_of
 from qgraph.ops.groups import GroupKind, Groups
 
 
@@ -67,13 +67,18 @@ def unpack(path: str | Path) -> dict[str, Unpacked]:
     """
     path = Path(path)
     report = read_report(path)
+    if report.packed_bytes is not None:
+        raise InspectError(
+            f"{path}: its weights are stored unpacked (preunpacked=True), without codes; expected a packed file; "
+            "export it without that option"
+        )
     arrays = _initializers(path)
     packed: dict[str, PackedWeight] = {}
     found: dict[str, Unpacked] = {}
     for layer in report.layers:
         if not layer.shape:
             continue
-        site = f"{layer.path}.{layer.operand}".strip(".")
+        site = site_of(layer)
         stored = layer.shared_with or site
         try:
             if stored not in packed:
