@@ -14,6 +14,7 @@ from onnx.defs import onnx_opset_version
 from torch import Tensor, nn
 
 from qgraph.errors import CalibrationError, ExportError
+from qgraph.exporters.lowering.options import PURPOSES
 from qgraph.exporters.signature import FlatInputs, FlatModel, flat_model, flatten_inputs, run_eagerly
 from qgraph.exporters.trace import DEFAULT_OPSET, MINIMUM_OPSET
 from qgraph.exporters.verify import worst_difference
@@ -40,6 +41,7 @@ class Job:
     notes: list[str]
     scale_dtype: torch.dtype = torch.float32
     preunpacked: bool = False
+    optimize_for: str | None = None
     float_kernels: bool = True
     python: bool = False  # whether the modules' own Python is traced, not their captured graphs
 
@@ -55,7 +57,9 @@ class Job:
         return type(self.original).__name__
 
 
-def check_arguments(prepared: Any, target: str, opset: int | None, scale_dtype: str, preunpacked: bool) -> None:
+def check_arguments(
+    prepared: Any, target: str, opset: int | None, scale_dtype: str, preunpacked: bool, optimize_for: str | None
+) -> None:
     if not isinstance(prepared, nn.Module):
         raise ExportError(
             f"export: found a {type(prepared).__name__} in place of the model; expected the nn.Module that "
@@ -64,6 +68,11 @@ def check_arguments(prepared: Any, target: str, opset: int | None, scale_dtype: 
     if target not in TARGETS:
         raise ExportError(
             f"export: found target={target!r}; expected one of {', '.join(map(repr, TARGETS))}; choose one"
+        )
+    if optimize_for not in (None, *PURPOSES):
+        raise ExportError(
+            f"export: found optimize_for={optimize_for!r}; expected one of {', '.join(map(repr, PURPOSES))}, or None; "
+            "choose one"
         )
     if preunpacked and target == "qdq":
         raise ExportError(

@@ -20,6 +20,7 @@ from qgraph.errors import ExportError
 from qgraph.exporters.assemble import as_stored, assemble, describe
 from qgraph.exporters.job import Job, Say, check_arguments, prepare_job
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
+from qgraph.exporters.lowering.options import Options
 from qgraph.exporters.lowering.qdq import FOUR_BITS, TWO_BITS, TWO_BITS_IR
 from qgraph.exporters.naming import (
     drop_defaults,
@@ -54,6 +55,7 @@ def export(
     opset: int | None = None,
     scale_dtype: Literal["float32", "float16"] = "float32",
     preunpacked: bool = False,
+    optimize_for: Literal["latency", "throughput", "size"] | None = None,
     verify: bool = True,
     progress: bool = True,
 ) -> ExportReport:
@@ -86,6 +88,11 @@ def export(
     preunpacked : bool
         Store weights as a runtime holds them once it has loaded a packed file (the 4-bit codes of a kernel, int8, or
         float): a larger file, which loads without unpacking. The report gives both sizes.
+    optimize_for : {"latency", "throughput", "size"}, optional
+        Of target "ort": which of two faithful forms a Linear layer takes, onnxruntime's low-bit kernel or a float
+        product with the weight unpacked at load. "latency" takes the one that is faster at the example's sizes,
+        "throughput" at 256 rows or more, both by a table that benchmarks/forms.py measured; "size" the kernel, which
+        needs least memory. Left out, the kernel too, and the report names the layers where it is the slower one.
     verify : bool
         Run the file in onnxruntime, with and without its optimizer, and compare with the model.
     progress : bool
@@ -102,11 +109,11 @@ def export(
         that was there is as it was.
     """
     path, prepared = Path(path), unwrapped(prepared)
-    check_arguments(prepared, target, opset, scale_dtype, preunpacked)
+    check_arguments(prepared, target, opset, scale_dtype, preunpacked, optimize_for)
     with workspace(path) as folder, _teller(progress) as say:
         opset = opset or (FOUR_BITS if target == "qdq" else DEFAULT_OPSET)
         job = prepare_job(prepared, example_inputs, example_kwargs, opset, target, scale_dtype, say)
-        job.preunpacked = preunpacked
+        job.preunpacked, job.optimize_for = preunpacked, optimize_for
         say("looking for dynamic sizes")
         plans = _plans(job, dynamic_shapes)
         built = _first_that_works(job, plans, folder, path, verify, given=dynamic_shapes is not None)
@@ -192,9 +199,9 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     rename(model.graph)
     restore_parameters(model.graph, job.model.named_parameters(remove_duplicate=False))
     job.say("packing weights")
-    lowered = lower(
-        model, job.collected, job.target, layers, float_kernels=job.float_kernels, scale_dtype=job.scale_dtype
-    )
+    sizes = plan.sizes(job.flat.inputs.tensors)
+    options = Options(job.float_kernels, job.scale_dtype, job.optimize_for, sizes)
+    lowered = lower(model, job.collected, job.target, layers, options)
     if unused := [site for site in job.collected.weights if site not in lowered.weights]:
         notes.append(f"not in the file, since no output depends on it: {', '.join(unused)}")
     parameters = dict(job.model.named_parameters(remove_duplicate=False))

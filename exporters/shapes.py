@@ -41,6 +41,11 @@ class ShapePlan:
             if dims
         )
 
+    def sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """The size of each named dimension in these inputs."""
+        named = zip(self.dims, tensors, strict=True)
+        return {label: tensor.shape[dim] for dims, tensor in named for dim, label in dims.items()}
+
     def torch_dims(self) -> dict[str, Any]:
         """What torch.export is told for each name: a Dim where there are limits to hold, else just "dynamic".
 

@@ -27,7 +27,7 @@ def translations() -> dict[Any, Any]:
     }
 
 
-_read: dict[int, Any] = {}  # by opset: the same for every model
+_read: dict[tuple[int, int], Any] = {}  # by opset and number of operators: a library may have brought some since
 
 
 @contextlib.contextmanager
@@ -46,9 +46,10 @@ def table_read_once() -> Iterator[None]:
         return
 
     def from_torchlib(cls: type, opset_version: int) -> Any:
-        if opset_version not in _read:
-            _read[opset_version] = original.__get__(None, cls)(opset_version=opset_version)
-        table = copy.copy(_read[opset_version])
+        key = opset_version, len(torch._C._dispatch_get_all_op_names())
+        if key not in _read:
+            _read[key] = original.__get__(None, cls)(opset_version=opset_version)
+        table = copy.copy(_read[key])
         table.functions = {name: list(found) for name, found in table.functions.items()}  # an export adds its own
         return table
 

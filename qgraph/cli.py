@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=int)
     export.add_argument("--scale-dtype", choices=("float32", "float16"), default="float32", help="(%(default)s)")
     export.add_argument("--preunpacked", action="store_true", help="store weights as a runtime holds them")
+    export.add_argument("--optimize-for", choices=("latency", "throughput", "size"), help="by which a form is chosen")
     export.add_argument("--no-verify", action="store_true", help="do not run the file against the model")
     _takes_inputs(export)
 
@@ -249,6 +250,7 @@ def _export(options: argparse.Namespace) -> int:
         opset=options.opset,
         scale_dtype=options.scale_dtype,
         preunpacked=options.preunpacked,
+        optimize_for=options.optimize_for,
         verify=not options.no_verify,
         progress=not options.json,
     )

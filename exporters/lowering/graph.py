@@ -11,9 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
-import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qgraph.errors import ExportError
@@ -27,6 +25,7 @@ from qgraph.exporters.lowering.linear import (
     emit_kernel,
     has_zero_points,
 )
+from qgraph.exporters.lowering.options import Options
 from qgraph.exporters.lowering.records import DOMAIN, ActivationRecord, WeightRecord
 from qgraph.exporters.lowering.static import Statics
 from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation_of, uses_of
@@ -49,9 +48,7 @@ def lower(
     collected: Collected,
     target: str,
     follow: dict[str, ir.Value] | None = None,
-    *,
-    float_kernels: bool = True,
-    scale_dtype: torch.dtype = torch.float32,
+    options: Options | None = None,
 ) -> Lowered:
     """Lower a traced graph in place.
 
@@ -64,33 +61,23 @@ def lower(
     target : {"standard", "ort", "qdq"}
     follow : dict of values, optional
         Kept up to date, in place, where one of its values is replaced by another.
-    float_kernels : bool
-        Whether MatMulNBits may be used on float activations.
-    scale_dtype : torch.dtype
-        In which scales are stored, float32 or float16; they are rounded to it already.
+    options : Options, optional
 
     Raises
     ------
     ExportError
         When the graph has a site that the eager run did not show.
     """
-    return _Lowering(model, collected, target, {} if follow is None else follow, float_kernels, scale_dtype).run()
+    return _Lowering(model, collected, target, {} if follow is None else follow, options or Options()).run()
 
 
 class _Lowering:
     """State of one run: the builder, what is packed, and caches of values that several uses share."""
 
     def __init__(
-        self,
-        model: ir.Model,
-        collected: Collected,
-        target: str,
-        follow: dict[str, ir.Value],
-        float_kernels: bool,
-        scale_dtype: torch.dtype,
+        self, model: ir.Model, collected: Collected, target: str, follow: dict[str, ir.Value], options: Options
     ) -> None:
-        self.float_kernels = float_kernels
-        self.scale_dtype = np.float16 if scale_dtype == torch.float16 else np.float32
+        self.options = options
         self.follow = follow
         self.graph = model.graph
         self.collected = collected
@@ -164,9 +151,8 @@ class _Lowering:
         first = self.by_content.setdefault(digest, site)
         if first == site:
             sparsity = self.collected.sparsity.get(site)
-            packed = pack(
-                quantized, sparsity=sparsity, align_rows=digest in self.gathered, scale_dtype=self.scale_dtype
-            )
+            aligned, stored = digest in self.gathered, self.options.stored_scales
+            packed = pack(quantized, sparsity=sparsity, align_rows=aligned, scale_dtype=stored)
         else:
             packed = self.records[first].packed
         self.records[site] = WeightRecord(site, packed, None if first == site else first)
@@ -283,8 +269,13 @@ class _Lowering:
             record.notes.append(f"plain {node.op_type}: the model computes in {node.outputs[0].dtype}")
             return None
         kernel = choose_kernel(record.packed, axis, form)
-        if not isinstance(kernel, str) and kernel.accuracy == EXACT and not self.float_kernels:
+        if not isinstance(kernel, str) and kernel.accuracy == EXACT and not self.options.float_kernels:
             kernel = "the 4-bit kernel for float activations rounded too much on the example"
+        if not isinstance(kernel, str) and (reason := self.options.slower(kernel, record.packed, x)):
+            if self.options.by_speed:
+                kernel = reason
+            else:
+                record.notes.append(f"{reason}: optimize_for='latency' takes that")
         if isinstance(kernel, str):
             record.notes.append(f"plain {node.op_type}: {kernel}")
             return None

@@ -1,0 +1,79 @@
+"""What an export asks of a lowering, and by it the choice between two faithful forms of a product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from qgraph.exporters.lowering.linear import INT8, Kernel, has_zero_points
+from qgraph.exporters.lowering.speeds import key_of, speed
+from qgraph.exporters.packing import PackedWeight
+
+PURPOSES = ("latency", "throughput", "size")
+MANY = 256  # rows at which a product is timed for throughput
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a graph is lowered.
+
+    Parameters
+    ----------
+    float_kernels : bool
+        Whether MatMulNBits may be used on float activations.
+    scale_dtype : torch.dtype
+        In which scales are stored, float32 or float16; they are rounded to it already.
+    optimize_for : {"latency", "throughput", "size"}, optional
+        None takes a kernel wherever there is one, as "size" does.
+    sizes : mapping of str to int
+        The dynamic sizes of the example, by name.
+    """
+
+    float_kernels: bool = True
+    scale_dtype: torch.dtype = torch.float32
+    optimize_for: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def stored_scales(self) -> type[np.floating]:
+        """`scale_dtype` in numpy."""
+        return np.float16 if self.scale_dtype == torch.float16 else np.float32
+
+    @property
+    def by_speed(self) -> bool:
+        """Whether the faster form is taken."""
+        return self.optimize_for in ("latency", "throughput")
+
+    def slower(self, kernel: Kernel, packed: PackedWeight, x: ir.Value) -> str | None:
+        """That a float product is faster than a kernel on `x`, where the table of `speeds` says so."""
+        rows = self._rows(x)
+        found = None
+        if rows is not None and self.optimize_for != "size":
+            key = key_of(kernel.bits, kernel.accuracy == INT8, has_zero_points(packed))
+            found = speed(key, rows, packed.numel)
+        if found is None or found.kernel >= found.plain:
+            return None
+        return (
+            f"at {rows} rows MatMulNBits is slower than a float product ({found.kernel:.2g} and {found.plain:.2g} of "
+            "FP32's speed)"
+        )
+
+    def _rows(self, x: ir.Value) -> int | None:
+        """Rows of a left operand: the example's, or many for throughput; None where the graph does not say."""
+        sizes = [] if x.shape is None else [_size(dim, self.sizes) for dim in list(x.shape)[:-1]]
+        known = [size for size in sizes if size is not None]
+        if x.shape is None or len(known) < len(sizes):
+            return None
+        return max(math.prod(known), MANY if self.optimize_for == "throughput" else 1)
+
+
+def _size(dim: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int | None:
+    if isinstance(dim, int):
+        return dim
+    factors = [sizes.get(name.strip()) for name in (dim.value or "").split("*")]
+    return None if None in factors else math.prod(size for size in factors if size is not None)

@@ -1,0 +1,50 @@
+"""How fast a kernel is over a float product, by a table that benchmarks/forms.py measures and writes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+PATH = Path(__file__).with_name("speeds.json")
+
+
+class Speed(NamedTuple):
+    """Of a layer, over FP32: with the kernel, and with a float product behind the same quantizer; above 1 is faster."""
+
+    kernel: float
+    plain: float
+
+
+def key_of(bits: int, int8: bool, zero_points: bool) -> str:
+    """The name of a kernel in the table.
+
+    Parameters
+    ----------
+    bits : int
+        2, 4 or 8, of the field that holds a code.
+    int8 : bool
+        Whether the kernel quantizes activations to int8 inside.
+    zero_points : bool
+        Whether a correction for zero points is added.
+    """
+    inside = "int8 activations" if int8 else "float activations"
+    return f"{bits}-bit, {inside}{', zero points' if zero_points else ''}"
+
+
+def speed(key: str, rows: int, weights: int) -> Speed | None:
+    """What was measured nearest to a number of rows and of weights, by their logarithms; None for an unknown kernel."""
+    measured = _table().get(key) or _table().get(f"{key}, zero points")
+    if not measured:
+        return None
+    near = min(
+        measured, key=lambda row: abs(math.log2(row["rows"] / rows)) + abs(math.log2(row["weights"] / weights)) / 2
+    )
+    return Speed(near["kernel"], near["plain"])
+
+
+@functools.cache
+def _table() -> dict[str, list[dict[str, float]]]:
+    return json.loads(PATH.read_text())["forms"]
