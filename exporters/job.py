@@ -155,7 +155,7 @@ def prepare_job(
 
 def _round_scales(job: Job, dtype: torch.dtype) -> None:
     """Let the working copy compute with scales that `dtype` holds, and note how far that is from the trained model."""
-    for site, found in job.collected.weights.items():
+    for site, found in ((site, compact.rest) for site, compact in job.collected.weights.items()):
         rounded = found.with_scales_of(dtype).scale
         if found.scale is None or rounded is None:
             continue
@@ -187,6 +187,9 @@ def _working_copy(prepared: nn.Module) -> nn.Module:
     as_is = all(t.device.type == "cpu" and not _is_other_float(t) for t in tensors)
     memo: dict[int, Any] = {id(parameter): parameter for parameter in prepared.parameters()} if as_is else {}
     model = copy.deepcopy(prepared, memo)
+    for module in model.modules():
+        if isinstance(module, WeightQuantizer | Sparsifier):
+            module.memo.off = True
     return model.eval() if as_is else model.cpu().float().eval()
 
 

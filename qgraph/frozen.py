@@ -15,8 +15,7 @@ from torch import Tensor
 from qgraph.errors import CaptureError
 from qgraph.modules import Sparsifier, WeightQuantizer, run_state
 from qgraph.ops import Quantized
-
-WIDTHS = (1, 2, 4, 8)  # bits a code takes in memory: those that fill a byte
+from qgraph.ops.bits import Layout
 
 
 class AlwaysOn:
@@ -55,13 +54,8 @@ class FrozenWeight(AlwaysOn, WeightQuantizer):
         self.shape = tuple(quantized.codes.shape)
         self.sparse = quantized.sparse
         self.dtype = dtype
-        low, high = self.spec.levels
-        # Binary levels are -1 and +1, with 0 between them only where a weight is pruned.
-        self.stride = 2 if self.spec.bits == 1 and self.spec.scheme == "linear" and not self.sparse else 1
-        self.low = low
-        count = (high - low) // self.stride + 1
-        self.width = next(width for width in WIDTHS if count <= 2**width)
-        self.register_buffer("codes", pack_bits((quantized.codes.flatten() - low) // self.stride, self.width))
+        self.layout = Layout.of(self.spec, self.sparse)
+        self.register_buffer("codes", self.layout.pack(quantized.codes))
         self.register_buffer("scale", quantized.scale.clone())
         self.register_buffer("zero_point", None if quantized.zero_point is None else quantized.zero_point.clone())
 
@@ -72,7 +66,7 @@ class FrozenWeight(AlwaysOn, WeightQuantizer):
             stand_in = self.scale.new_zeros(self.shape, dtype=self.dtype)  # the exporter asks for its shape alone
             return torch.ops.qgraph.weight(stand_in, self.site)
         if run.collected is not None:
-            run.collected.weights[self.site] = self.quantized()
+            run.collected.add_weight(self.site, self.quantized())
         return self.dequantize()
 
     def quantized(self) -> Quantized:
@@ -84,12 +78,9 @@ class FrozenWeight(AlwaysOn, WeightQuantizer):
         return self._quantized(torch.float32).dequantize().to(self.dtype)
 
     def _quantized(self, dtype: torch.dtype) -> Quantized:
-        count = 1
-        for size in self.shape:
-            count *= size
-        levels = unpack_bits(self.codes, self.width, count).to(dtype) * self.stride + self.low
+        levels = self.layout.unpack(self.codes, self.shape, dtype)
         zero = None if self.zero_point is None else self.zero_point.float()
-        found = Quantized(levels.view(self.shape), self.scale.float(), zero, self.groups, self.spec, self.sparse)
+        found = Quantized(levels, self.scale.float(), zero, self.groups, self.spec, self.sparse)
         return found.with_scales_of(self.scale_dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -118,23 +109,6 @@ class FrozenSparsifier(AlwaysOn, Sparsifier):
             if self.sparsity is not None:
                 run.collected.sparsity[self.site] = self.sparsity
             if self.values is not None:
-                run.collected.weights[self.site] = Quantized(
-                    None, None, None, self.groups, None, True, self.values.float()
-                )
+                left = Quantized(None, None, None, self.groups, None, True, self.values.float())
+                run.collected.add_weight(self.site, left)
         return self.values
-
-
-def pack_bits(codes: Tensor, width: int) -> Tensor:
-    """Integers below 2^width, shape (n,), as bytes: uint8, shape (ceil(n width / 8),)."""
-    per = 8 // width
-    padded = torch.nn.functional.pad(codes.to(torch.int32), (0, -codes.shape[0] % per)).view(-1, per)
-    shifts = torch.arange(0, 8, width, device=codes.device, dtype=torch.int32)
-    return (padded << shifts).sum(1).to(torch.uint8)
-
-
-def unpack_bits(data: Tensor, width: int, count: int) -> Tensor:
-    """The inverse of `pack_bits`: uint8, shape (count,)."""
-    if width == 8:
-        return data[:count]
-    shifts = torch.arange(0, 8, width, device=data.device, dtype=torch.uint8)
-    return ((data.unsqueeze(1) >> shifts) & (2**width - 1)).flatten()[:count]

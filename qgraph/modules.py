@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qgraph.config import QuantSpec, SparsitySpec
 from qgraph.errors import CaptureError
 from qgraph.ops import Groups, Quantized, fake_quantize, initial_step, quantize, sparsify, sparsity_mask
+from qgraph.ops.bits import Compact
 from qgraph.ops.memo import Memo
 from qgraph.ops.sharded import whole
 from qgraph.ops.sparsity import apply_mask
@@ -59,11 +60,18 @@ class ActivationForm:
 
 @dataclass(slots=True)
 class Collected:
-    """What every quantizer of a model saw and would deploy during one run, by site, in order of first use."""
+    """What every quantizer of a model saw and would deploy during one run, by site, in order of first use.
 
-    weights: dict[str, Quantized] = field(default_factory=dict)
+    Weights wait in a few bits a code: of a large model all of them are here before the first is written.
+    """
+
+    weights: dict[str, Compact] = field(default_factory=dict)
     activations: dict[str, ActivationForm] = field(default_factory=dict)
     sparsity: dict[str, SparsitySpec] = field(default_factory=dict)
+
+    def add_weight(self, site: str, quantized: Quantized) -> None:
+        """Keep what a site deploys."""
+        self.weights[site] = Compact.of(quantized)
 
 
 class _Run:
@@ -213,7 +221,7 @@ class WeightQuantizer(Quantizer):
             deployed = quantize(weight.detach(), self.spec, self.groups, dense=pruned, step=self.step)
             deployed = deployed.with_scales_of(self.scale_dtype)
             if run.collected is not None:
-                run.collected.weights[self.site] = deployed
+                run.collected.add_weight(self.site, deployed)
             if self.scale_dtype != torch.float32:
                 return deployed.dequantize().to(weight.dtype)
         if self.step is None and not torch.compiler.is_compiling():
@@ -301,7 +309,7 @@ class Sparsifier(nn.Module):
         if run.collected is not None:
             run.collected.sparsity[self.site] = self.sparsity
             if self.alone:
-                run.collected.weights[self.site] = quantize(pruned.detach(), None, self.groups, dense=weight)
+                run.collected.add_weight(self.site, quantize(pruned.detach(), None, self.groups, dense=weight))
         return pruned
 
     def _pruned(self, weight: Tensor, sparsity: SparsitySpec) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import qgraph
 from qgraph import CaptureError
-from qgraph.frozen import FrozenWeight, pack_bits, unpack_bits
+from qgraph.frozen import FrozenWeight
+from qgraph.ops.bits import pack_bits, unpack_bits
 
 CONFIGS = ("W8", "A8W4", "W3@32", "A4W1", "W1.58@tensor", "A8W4-2:4@32", "W1-50%", "A8sW7", "2:4")
 

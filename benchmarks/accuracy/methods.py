@@ -20,6 +20,7 @@ class Method:
     scale: str = "minmax"
     scheme: str | None = None
     decay: float = 0.0
+    activation_scale: str | None = None  # that of the weights unless said
     note: str = ""
 
 
@@ -27,6 +28,10 @@ METHODS = {
     "ddt": Method("ddt", note="DDT, min/max scale: the paper's transform"),
     "ddt-absmean": Method("ddt", "absmean", note="DDT, mean-magnitude scale about the mean"),
     "ddt-windowed": Method("ddt", "windowed", note="the same, with a gradient window"),
+    "ddt-linear": Method("ddt", "minmax", "linear", note="linear DDT, scale by the largest magnitude"),
+    "ddt-windowed-weights": Method(
+        "ddt", "windowed", activation_scale="minmax", note="weights by ddt-windowed, activations by ddt"
+    ),
     "ste": Method("ste", note="straight-through, min/max scale"),
     "ste-windowed": Method("ste", "windowed", note="straight-through, mean-magnitude scale learned through, window"),
     "xnor": Method("ste", "absmean", "linear", note="XNOR-Net: sign, mean-magnitude scale learned through"),
@@ -50,9 +55,17 @@ class Setting:
 
 # The activations of BitNet b1.58: 8 bits, symmetric, one scale a token.
 EIGHT_BITS = QuantSpec(8, "linear", "token", method="ste")
+ONE_BIT = ("ddt", "ddt-linear", "ddt-windowed", "ste", "ste-windowed", "xnor", "bitnet", "seq")
 SETTINGS = {
-    "A1W1": Setting(1, 1, ("ddt", "ddt-windowed", "ste", "ste-windowed", "xnor", "bitnet", "seq", "ddt-absmean")),
-    "A2W2": Setting(2, 2, ("ddt", "ddt-windowed", "ste", "ste-windowed", "lsq", "seq")),
+    "A1W1": Setting(1, 1, (*ONE_BIT, "ddt-windowed-weights", "ddt-absmean")),
+    "W1": Setting(1, None, ONE_BIT),
+    "A4W1": Setting(1, 4, ("ddt", "ddt-windowed", "ste", "ste-windowed", "seq")),
+    "W2": Setting(2, None, ("ddt", "ddt-windowed", "ste", "ste-windowed", "lsq", "seq")),
+    "W4": Setting(4, None, ("ddt", "ste", "lsq")),
+    "A8W4": Setting(4, None, ("ddt", "ste", "lsq"), fixed_activation=EIGHT_BITS),
+    "A1W1-2:4": Setting(1, 1, ("ddt", "ddt-windowed", "ste", "sr-ste", "ste-windowed"), sparsity="2:4"),
+    "W1-1:4": Setting(1, None, ("ddt", "ddt-windowed", "ste", "sr-ste"), sparsity="1:4"),
+    "A2W2": Setting(2, 2, ("ddt", "ddt-windowed", "ddt-windowed-weights", "ste", "ste-windowed", "lsq", "seq")),
     "A4W1-2:4": Setting(1, 4, ("ddt", "ddt-windowed", "ste", "sr-ste", "ste-windowed"), sparsity="2:4"),
     "A8W1.58": Setting(
         1.58, None, ("ddt", "ddt-windowed", "bitnet", "ste-windowed", "seq"), fixed_activation=EIGHT_BITS
@@ -71,7 +84,7 @@ def config(setting: str, method: str, keep: tuple[str, ...]) -> QConfig | None:
     activation = what.fixed_activation
     if what.activation is not None:
         # Above 2 bits the mean-magnitude scales are not what is studied.
-        scale = how.scale if what.activation <= 2 else "minmax"
+        scale = how.activation_scale or how.scale if what.activation <= 2 else "minmax"
         kind = how.method if what.activation <= 2 or how.method == "ddt" else "ste"
         activation = QuantSpec(what.activation, how.scheme, "token", method=kind, scale=scale)
     rules = tuple(Rule(match, None) for match in keep)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.accuracy import data
+from benchmarks.accuracy.methods import SETTINGS
 from benchmarks.accuracy.models import CharacterModel, ResidualNetwork
 
 Batch = tuple[Tensor, Tensor]
@@ -74,7 +75,7 @@ STUDIES = {
         lambda cache: _text_task(data.shakespeare(cache), width=96, context=32, batch=16, held_out=24),
         steps=400,
         rates=(3e-3, 1e-2, 3e-2),
-        settings=("A1W1", "A4W1-2:4", "A2W2", "A8W1.58"),
+        settings=tuple(SETTINGS),
         keep=("embed",),
         score="loss",
         description="transformer over characters, 2 layers of 96, 0.24 M parameters, 400 steps of 16 x 32 characters; "
@@ -84,7 +85,7 @@ STUDIES = {
         lambda cache: _image_task(data.fashion_mnist(cache), widths=(16, 32, 64), batch=64),
         steps=300,
         rates=(2e-3, 6e-3, 2e-2),
-        settings=("A1W1", "A2W2", "A4W1-2:4", "A8W1.58"),
+        settings=tuple(SETTINGS),
         keep=("stem", "head"),
         score="accuracy",
         description="residual network, 5 convolutions of 16 to 64 channels and a stem, 74 k parameters, 300 steps of "

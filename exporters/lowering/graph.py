@@ -136,10 +136,10 @@ class _Lowering:
                 self.gathered.add(_digest(self._quantized(_site(node))))
 
     def _quantized(self, site: str) -> Quantized:
-        quantized = self.collected.weights.get(site)
-        if quantized is None:
+        found = self.collected.weights.get(site)
+        if found is None:
             raise _unknown(site)
-        return quantized
+        return found.expand()
 
     def record_of(self, node: ir.Node) -> WeightRecord:
         """The record of a weight, which is packed on first demand."""

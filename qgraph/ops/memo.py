@@ -81,9 +81,10 @@ class _Held:
 class Memo:
     """The last value of one weight quantizer or sparsifier, while it holds."""
 
-    __slots__ = ("_held", "_met", "_repeats")
+    __slots__ = ("_held", "_met", "_repeats", "off")
 
     def __init__(self) -> None:
+        self.off = False  # True holds nothing, for a copy of a model that is run a few times and must not grow
         self._held: _Held | None = None
         self._met: tuple[Any, ...] | None = None
         self._repeats = False  # whether a weight was met again before it changed
@@ -135,7 +136,12 @@ class Memo:
         self, operands: tuple[Tensor | None, ...], settings: tuple[Any, ...], compute: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...] | None:
         given = [x.detach() for x in operands if x is not None]
-        if not given[0].numel() or any(x.is_inference() or not x.is_contiguous() for x in given) or _gathered():
+        if (
+            self.off
+            or not given[0].numel()
+            or any(x.is_inference() or not x.is_contiguous() for x in given)
+            or _gathered()
+        ):
             return None
         key = (*settings, *map(_identity, given))
         held, met = self._held, self._met
