@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx, nn
 
 from qgraph.config import QConfig, QuantSpec, SparsitySpec
@@ -82,7 +83,8 @@ def function_name(node: fx.Node) -> str:
         return ""
     if node.target is getattr:
         return str(node.args[1])
-    return getattr(node.target, "__name__", type(node.target).__name__)
+    name = str(getattr(node.target, "__name__", type(node.target).__name__))
+    return name.partition(".")[0] if isinstance(node.target, torch._ops.OpOverload) else name
 
 
 def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:

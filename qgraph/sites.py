@@ -210,6 +210,25 @@ def _chain(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callabl
     return SiteCall(name, tuple(_of_rank(operand, ndim(operand.get(args, kwargs))) for operand in chain))
 
 
+def _convolution(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+    """The one function below all convolutions, which is told whether it is a transposed one."""
+    transposed = args[6] if len(args) > 6 else kwargs.get("transposed", False)
+    return SiteCall(name, (Operand(0, "input", "input"), Operand(1, "weight", "weight", 1 if transposed else 0)), True)
+
+
+def _dot(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+    """A sum of products along one dimension: of vectors, each a channel, or of rows of vectors."""
+    first, second = ("x", "y") if name.endswith("vecdot") else ("input", "other" if name == "vdot" else "tensor")
+    pair = (Operand(0, first, "either", 0), Operand(1, second, "either", 0))
+    return SiteCall(name, tuple(_of_rank(o, ndim(o.get(args, kwargs))) for o in pair))
+
+
+def _matrices(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall:
+    """A product of a chain of matrices, each an argument."""
+    chain = [Operand(i, "matrices", "either", 0 if i == 0 else -1) for i in range(len(args))]
+    return SiteCall(name, tuple(chain))
+
+
 def _recurrent(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable[[Any], int]) -> SiteCall | None:
     # Padded: (input, hx, params, ...); packed: (data, batch_sizes, hx, params, ...). hx is a pair for an LSTM.
     at = 2 if isinstance(args[2], (list, tuple)) and isinstance(args[3], bool) else 3
@@ -223,15 +242,19 @@ def _cell(name: str, args: Sequence[Any], kwargs: dict[str, Any], ndim: Callable
     return SiteCall(name, (Operand(0, "input", "input"), *hidden, *weights))
 
 
+_PRODUCTS = ("matmul", "linalg_matmul", "__matmul__", "mm", "bmm", "mv", "inner")
 _TABLE: dict[str, Callable[..., SiteCall | None]] = {
     "linear": _layer(0, conv=False),
     **{f"conv{d}d": _layer(0, conv=True) for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": _layer(1, conv=True) for d in (1, 2, 3)},
+    "convolution": _convolution,
     "conv_tbc": _layer(-1, conv=True),
     "embedding": _embedding,
     "embedding_bag": _embedding,
     "bilinear": _bilinear,
-    **{name: _matmul(0, ("input", "other")) for name in ("matmul", "__matmul__", "mm", "bmm", "mv", "inner")},
+    **{name: _matmul(0, ("input", "other")) for name in _PRODUCTS},
+    **dict.fromkeys(("dot", "vdot", "vecdot", "linalg_vecdot"), _dot),
+    "chain_matmul": _matrices,
     "__rmatmul__": _reflected_matmul,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),

@@ -144,7 +144,16 @@ class OperandTracker:
 
 def _quantized(quantizer: Any, x: Tensor) -> Tensor:
     """An activation, quantized; inside vmap the values of one group may lie across its batch: left float there."""
-    return x if transformed() else quantizer(x)
+    return x if _batched(x) else quantizer(x)
+
+
+def _batched(x: Tensor) -> bool:
+    """Whether a vmap, under whatever other transforms, runs over a tensor."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
 
 
 def _outside_transforms(weight: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -136,12 +136,7 @@ class Memo:
         self, operands: tuple[Tensor | None, ...], settings: tuple[Any, ...], compute: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...] | None:
         given = [x.detach() for x in operands if x is not None]
-        if (
-            self.off
-            or not given[0].numel()
-            or any(x.is_inference() or not x.is_contiguous() for x in given)
-            or _gathered()
-        ):
+        if self.off or not given[0].numel() or any(map(_unfit, given)) or _gathered():
             return None
         key = (*settings, *map(_identity, given))
         held, met = self._held, self._met
@@ -193,6 +188,11 @@ def _quantize(weight: Tensor, dense: Tensor | None, spec: QuantSpec, groups: Gro
         fulls = groups.pieces(dense.detach())
         parts = [native.forward(full, piece, spec) for full, piece in zip(fulls, pieces, strict=True)]
     return tuple(tensor for part in parts for tensor in part)
+
+
+def _unfit(x: Tensor) -> bool:
+    """Whether a tensor cannot be told from its storage: under a transform (jvp) it has none of its own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or x.is_inference() or not x.is_contiguous()
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:

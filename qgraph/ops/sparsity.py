@@ -95,6 +95,10 @@ class _Sparsify(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0], None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].clone()
+
 
 class _Masked(torch.autograd.Function):
     @staticmethod
@@ -108,6 +112,10 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].clone()
 
 
 def _compiled(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor | None:

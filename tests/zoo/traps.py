@@ -525,3 +525,34 @@ class NormedOpaque(nn.Module):
 
     def forward(self, x):
         return checkpoint(self.fc, x, use_reentrant=False)
+
+
+@trap(rows(6))
+class Spellings(nn.Module):
+    """Products by their rarer names: of vectors, of the linalg namespace, and torch's operators themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.v, self.u, self.r = (nn.Parameter(torch.randn(6) * 0.5) for _ in range(3))
+        self.w = nn.ParameterList([nn.Parameter(torch.randn(6, 6) * 0.5) for _ in range(5)])
+        self.c, self.d = nn.Parameter(torch.randn(2, 1, 3)), nn.Parameter(torch.randn(2, 2, 3))
+
+    def forward(self, x):
+        h = torch.linalg.matmul(torch.ops.aten.mm.default(x, self.w[0]), self.w[1])
+        h = torch.chain_matmul(torch.ops.aten.linear(h, self.w[2]), self.w[3], self.w[4])
+        ends = torch.dot(h[0], self.v) + torch.vdot(self.u, h[1]) + torch.linalg.vecdot(h, self.r)
+        y = torch.convolution(h[:, None], self.c, None, [1], [0], [1], False, [0], 1)
+        return ends[:, None], torch.ops.aten.convolution(y, self.d, None, [1], [0], [1], True, [0], 1)
+
+
+@trap(rows(4), opaque=True)
+class Tangents(nn.Module):
+    """A derivative along a direction, by forward-mode differentiation of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h, slope = torch.func.jvp(lambda t: torch.tanh(self.fc(t)), (x,), (torch.ones_like(x),))
+        return self.head(h), self.head(slope)

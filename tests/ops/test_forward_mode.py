@@ -1,0 +1,36 @@
+"""Forward-mode differentiation of a prepared model: the same derivative as backward gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import qgraph
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("config", ["A4W2", "W4-2:4", "A8W1.58", "A8W8"])
+def test_the_derivative_along_a_direction_is_that_of_backward(config, captured):
+    torch.manual_seed(0)
+    x, along = torch.randn(2, 8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    prepared = qgraph.prepare(nn.Linear(8, 3).double(), config, x if captured else None).eval()
+    value, slope = torch.func.jvp(prepared, (x,), (along,))
+    torch.testing.assert_close(value, prepared(x))
+    jacobian = torch.autograd.functional.jacobian(prepared, x)
+    torch.testing.assert_close(slope, (jacobian * along).sum((2, 3)))
+    assert not torch.equal(value, nn.functional.linear(x, prepared.weight, prepared.bias))
+
+
+def test_the_derivative_along_a_weight_is_that_of_backward():
+    torch.manual_seed(0)
+    x, layer = torch.randn(2, 8, dtype=torch.float64), nn.Linear(8, 4).double()
+    prepared = qgraph.prepare(layer, "W2-2:4", x).eval()
+
+    def of_weight(weight):
+        return torch.func.functional_call(prepared, {"weight": weight}, (x,))
+
+    weight = layer.weight.detach()
+    slope = torch.func.jvp(of_weight, (weight,), (torch.ones_like(weight),))[1]
+    jacobian = torch.autograd.functional.jacobian(of_weight, weight)
+    torch.testing.assert_close(slope, jacobian.sum((2, 3)))
