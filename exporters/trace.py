@@ -22,6 +22,7 @@ import torch
 from onnx.defs import OpSchema, SchemaError, get_schema, register_schema
 from torch import Tensor, fx, nn
 
+from qgraph.capture.names import any_name
 from qgraph.errors import ExportError
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.lowering.records import DOMAIN
@@ -106,6 +107,7 @@ def _trace(
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
+        stack.enter_context(any_name())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         with exporting(python) as sites, recurrent.RecurrentAsOperator(), rewrites, modules_as_they_are():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)

@@ -21,6 +21,7 @@ from torch import fx, nn
 from qgraph.capture.attributes import Held
 from qgraph.capture.calls import EAGER_ONLY, name_of
 from qgraph.capture.guards import Guard, check_structure
+from qgraph.capture.names import python_code
 from qgraph.capture.structure import tensors_in
 from qgraph.graph import STATE, without_quantizers
 
@@ -160,7 +161,7 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     """Compile a graph to a function of (module, *arguments); tracebacks show its source, and the user's line behind."""
     import linecache
 
-    code = graph.python_code("self")
+    code = python_code(graph)
     file = f"{GENERATED}{id(graph):x}>"
     places = {node.name: node.meta["where"] for node in graph.nodes if "where" in node.meta}
     lines = [_with_place(line, places) for line in code.src.splitlines()]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from qgraph.capture.names import python_code
 from qgraph.graph import states
 
 _RELEASE = re.compile(r";\s+(?:\w+ = )+None\s*$")
@@ -54,7 +55,7 @@ def graph_text(graph: fx.Graph, *, where: bool = True) -> str:
     aliases = {f"{new} = {old}" for new, old in renamed.items()}
     lines: list[str] = []
     last = ""
-    for line in graph.python_code("self").src.splitlines():
+    for line in python_code(graph).src.splitlines():
         if not line.strip() or _RELEASE.sub("", line).strip() in aliases:
             continue
         found = _ASSIGNED.match(line)
