@@ -226,6 +226,8 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     except WrongFile as error:
         if traced.random:
             raise _draws_at_random(job, traced.random) from error
+        if traced.selecting and not error.shape_only:
+            raise _selects_by_rounding(job, traced.selecting, error) from error
         raise
     return _Built(report, verified)
 
@@ -283,6 +285,17 @@ def _draws_at_random(job: Job, lines: Sequence[str]) -> ExportError:
         f"export of {job.name}: {lines[0]} draws random numbers in eval, so the file cannot be compared with the "
         "model; expected the same outputs for the same inputs; take the noise as an input, or pass verify=False to "
         "write the file unchecked"
+    )
+
+
+def _selects_by_rounding(job: Job, lines: Sequence[str], error: WrongFile) -> WrongFile:
+    return WrongFile(
+        f"export of {job.name}: {lines[0]} picks by the order of computed values (topk, sort, argmax); of two that are "
+        f"equal or closer than rounding the file may take the other one, and then all that follows differs. {error}. "
+        "Where this is the cause, take example inputs and weights that leave no such values close together (fresh weights "
+        "often do not, trained ones do), or pass verify=False and judge the file by its results",
+        shape_only=False,
+        rounding=error.rounding,
     )
 
 

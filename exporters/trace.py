@@ -14,7 +14,7 @@ import re
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -43,6 +43,7 @@ HINTS = {  # what a known failure says -> what helps
     "batch_sizes": "a packed sequence has no form in ONNX: pass the padded tensor to the recurrent layer",
     "_packed_sequence": "a packed sequence has no form in ONNX: pass the padded tensor to the recurrent layer",
 }
+SELECTING = frozenset({"topk", "sort", "argsort", "argmax", "argmin", "kthvalue", "mode"})
 CHATTY = (
     "torch.onnx",
     "torch.export",
@@ -56,12 +57,16 @@ _one_at_a_time = threading.RLock()  # the exporter of torch, and what is replace
 
 @dataclass(slots=True)
 class Traced:
-    """An ONNX graph in memory, the sites that it quantizes, what was changed for it, the lines that draw at random."""
+    """An ONNX graph in memory, the sites that it quantizes, what was changed for it.
+
+    `random`: the lines of the user's code that draw at random; `selecting`: those that pick by comparing values.
+    """
 
     model: ir.Model
     sites: set[str]
     notes: list[str]
     random: list[str]
+    selecting: list[str]
 
 
 def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, python: bool = False) -> Traced:
@@ -126,19 +131,24 @@ def _trace(
         except Exception as error:
             raise Untranslated(_recorded_at(error)) from error
     assert onnx_program is not None
-    return Traced(onnx_program.model, sites, rewrites.notes, _random_lines(program.graph))
+    random, selecting = (_lines_of(program.graph, condition) for condition in (_draws, _selects))
+    return Traced(onnx_program.model, sites, rewrites.notes, random, selecting)
 
 
-def _random_lines(graph: fx.Graph) -> list[str]:
-    """Where a graph draws random numbers."""
-    drawing = [
-        node
-        for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-        and not re.search("dropout|attention", str(node.target))  # which draw in training alone
-    ]
-    return list(dict.fromkeys(line_in(node.meta.get("stack_trace", "")) or str(node.target) for node in drawing))
+def _lines_of(graph: fx.Graph, condition: Callable[[torch._ops.OpOverload], bool]) -> list[str]:
+    """Where the operators of a graph for which a condition holds are called."""
+    found = [n for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload) and condition(n.target)]
+    return list(dict.fromkeys(line_in(node.meta.get("stack_trace", "")) or str(node.target) for node in found))
+
+
+def _draws(operator: torch._ops.OpOverload) -> bool:
+    training_alone = re.search("dropout|attention", str(operator))
+    return torch.Tag.nondeterministic_seeded in operator.tags and not training_alone
+
+
+def _selects(operator: torch._ops.OpOverload) -> bool:
+    """Whether positions come out that the order of float values decides: rounding may swap two that are close."""
+    return operator._schema.name.partition("::")[2] in SELECTING
 
 
 class Untranslated(Exception):

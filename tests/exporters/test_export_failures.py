@@ -417,3 +417,25 @@ def test_a_gradient_inside_a_forward_is_named(tmp_path):
     first = inspect.getsourcelines(Forces)[1]
     net = qgraph.prepare(Forces(), "W4", (x,))
     refuses(net, tmp_path / "m.onnx", (x,), match=rf"test_export_failures\.py:{first + 5} .*taken inside a forward")
+
+
+class Picks(nn.Module):
+    """Takes the best rows; all scores are within rounding of each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.out = nn.Linear(16, 1), nn.Linear(16, 16)
+
+    def forward(self, x):
+        scores = (self.score(x) * 1e-9 + 1).flatten().sin()
+        best = scores.topk(4).indices
+        return self.out(x[best])
+
+
+def test_rows_picked_among_equal_scores_name_the_line(tmp_path):
+    torch.manual_seed(0)
+    line = inspect.getsourcelines(Picks.forward)[1] + 2
+    x = torch.randn(64, 16)
+    with pytest.raises(ExportError, match=rf"{Path(__file__).name}:{line} .*picks by the order of computed values"):
+        export(qgraph.prepare(Picks().eval(), "W4", x), tmp_path / "model.onnx", (x,), progress=False)
+    assert not list(tmp_path.iterdir())
