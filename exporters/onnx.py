@@ -292,8 +292,8 @@ def _selects_by_rounding(job: Job, lines: Sequence[str], error: WrongFile) -> Wr
     return WrongFile(
         f"export of {job.name}: {lines[0]} picks by the order of computed values (topk, sort, argmax); of two that are "
         f"equal or closer than rounding the file may take the other one, and then all that follows differs. {error}. "
-        "Where this is the cause, take example inputs and weights that leave no such values close together (fresh weights "
-        "often do not, trained ones do), or pass verify=False and judge the file by its results",
+        "Where this is the cause, take example inputs and weights that leave no such values close together (fresh "
+        "weights often do not, trained ones do), or pass verify=False and judge the file by its results",
         shape_only=False,
         rounding=error.rounding,
     )
