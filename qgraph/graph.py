@@ -46,6 +46,8 @@ class Shared:
     settings: dict[str, Any] = field(default_factory=dict)  # what schedules set now, also of quantizers made later
     off: list[str | None] = field(default_factory=list)  # globs of the sites that `disabled` holds off now; None: all
 
+    install: Any = None  # installs what captures a module that a forward makes later
+
     def is_off(self, site: str) -> bool:
         """Whether a quantizer made now for this site starts switched off."""
         return any(match is None or matches_site(site, match) for match in self.off)

@@ -16,7 +16,7 @@ from qgraph.capture.snapshot import Snapshot
 from qgraph.capture.source import raised_at
 from qgraph.capture.state import ModuleState
 from qgraph.errors import QGraphError
-from qgraph.graph import Shared
+from qgraph.graph import STATE, Shared, states
 
 # Modules of torch whose forward multiplies by no weight: nothing to rewrite, so they stay as they are.
 _NO_SITES = (
@@ -28,9 +28,17 @@ _NO_SITES = (
 def install_all(model: nn.Module, shared: Shared) -> None:
     """Give every module that has a forward of its own its captured class."""
     shared.canonical.update(_tied_names(model))
+    shared.install = install_made
     for path, module in model.named_modules():
         if _worth_capturing(module):
             install(module, ModuleState(shared, path, type(module).forward))
+
+
+def install_made(module: nn.Module, path: str, shared: Shared) -> None:
+    """The same for a module that a forward has made and put at `path`."""
+    for below, child in module.named_modules(prefix=path):
+        if STATE not in child.__dict__ and _worth_capturing(child):
+            install(child, ModuleState(shared, below, type(child).forward))
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], progress: Callable[[str], None]) -> None:
@@ -46,6 +54,16 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pro
         for module, training in modes:
             module.training = training
         before.restore()
+        _forget_dropped(model)
+
+
+def _forget_dropped(model: nn.Module) -> None:
+    """No quantizer is kept for a module that the examples' runs made and that was dropped after them."""
+    shared: Shared | None = next((state.shared for _, _, state in states(model)), None)
+    if shared is not None:
+        held = set(model.modules())
+        for site in [site for site, quantizer in shared.quantizers.items() if quantizer not in held]:
+            del shared.quantizers[site]
 
 
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: Snapshot) -> None:

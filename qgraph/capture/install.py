@@ -216,6 +216,8 @@ def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, 
     if known is not None or torch.compiler.is_exporting() or len(state.variants) >= MAX_VARIANTS:
         result = run_opaque(module, state, forward, args, kwargs)
         state.returned(result)
+        if not torch.compiler.is_exporting():
+            _install_made(module, state)
         return result
     before = Snapshot(module, call.values, contents=True)
     try:
@@ -230,6 +232,13 @@ def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, 
         reason = f"recording raised {type(error).__name__}: {error}"
         state.give_up(call, module.training, reason, raised_at(error))
         return result
+
+
+def _install_made(module: nn.Module, state: ModuleState) -> None:
+    """Capture from the next call on what a forward has made: this one ran as part of its maker's."""
+    for name, child in module._modules.items():
+        if child is not None and name != "qgraph" and STATE not in child.__dict__:
+            state.install(child, name)
 
 
 # The public torch.compiler.disable imports the compiler at once, seconds of work that most imports of us never need.

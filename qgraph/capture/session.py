@@ -119,6 +119,8 @@ class Session:
             return original(module, *args, **kwargs)
         with parent.outside():
             path = parent.path_to(module)
+            if path is not None and STATE not in module.__dict__:  # perhaps made in a forward
+                parent.state.install(module, path)
         if path is None and STATE not in module.__dict__:
             return original(module, *args, **kwargs)  # made on the fly: part of the caller's own forward
         plain_args, plain_kwargs = plain(args), plain(kwargs)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qgraph.capture.structure import parts, walk
+from qgraph.modules import Quantizers
 
 _KEPT = (bool, int, float, str, type(None), Tensor)
 
@@ -35,7 +36,7 @@ class Snapshot:
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
         self.attributes = [(m, dict(m._buffers), _own_attributes(m)) for m in module.modules()]
-
+        self.children = [(m, dict(m._modules)) for m in module.modules() if not _is_ours_or_scripted(m)]
         self.objects: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[Tensor, int, bool, Tensor]] = []
         for item in (item for value in values for _, item in walk(value)):
@@ -63,6 +64,10 @@ class Snapshot:
                     tensor.copy_(content)
         for item, content in self.objects:
             _put_back(item, content)
+        for module, children in self.children:
+            for name in [n for n in module._modules if n not in children and n != "qgraph"]:
+                del module._modules[name]  # made by the run
+            module._modules.update(children)
         for module, buffers, attributes in self.attributes:
             for name, kept in buffers.items():  # a scripted module has no more of a dict than this
                 module._buffers[name] = kept
@@ -72,6 +77,11 @@ class Snapshot:
                 module.__dict__[name] = value
                 if isinstance(value, (list, dict)):
                     _put_back(value, content)
+
+
+def _is_ours_or_scripted(module: nn.Module) -> bool:
+    """Whether a module holds quantizers, which a run may make for good, or has no more of a dict than its names."""
+    return isinstance(module, (Quantizers, torch.jit.ScriptModule))
 
 
 def _put_back(item: Any, content: Any) -> None:

@@ -49,6 +49,10 @@ class ModuleState:
     def owner(self, module: nn.Module) -> Owner:
         return Owner(module, self.path, self.shared)
 
+    def install(self, module: nn.Module, path: str) -> None:
+        """Capture a module below this one from now on."""
+        self.shared.install(module, f"{self.path}.{path}".lstrip("."), self.shared)
+
     def names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
         """A name for each argument of a call, keywords in the order of their names."""
         known = self.positional[: len(args)]
