@@ -153,7 +153,8 @@ def _codes(model: nn.Module, x: Tensor) -> list[Tensor]:
     with collecting() as found:
         model(x)
     model.train()
-    return [q.codes for q in found.weights.values() if q.codes is not None]
+    weights = (compact.expand() for compact in found.weights.values())
+    return [weight.codes for weight in weights if weight.codes is not None]
 
 
 def _flipped(before: list[Tensor], after: list[Tensor]) -> float:
