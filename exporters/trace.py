@@ -175,8 +175,8 @@ def explain(error: BaseException, model: nn.Module) -> ExportError:
             f"export of {model_name}{at}: the model branches or takes a size from the values of a tensor, "
             "found "
             f"{_first_line(text)!r}; a file holds one fixed graph, so expected only decisions on shapes; "
-            "write the branch with torch.where or "
-            "torch.cond, keep a static form (masks instead of selected rows), or leave that part out of "
+            "write the branch with torch.where, "
+            "keep a static form (masks instead of selected rows), or leave that part out of "
             "what is exported"
         )
     text = str(_root(error))

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from qgraph.capture import calls
 from qgraph.capture.checkpointing import repeatable
 from qgraph.capture.operands import OperandTracker
+from qgraph.capture.patches import branching
 from qgraph.capture.state import ModuleState
 
 
@@ -74,7 +75,7 @@ def run_opaque(
 def _run_under(mode: SiteMode, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Running.add(1)
     try:
-        with repeatable(quantized_again), mode:
+        with repeatable(quantized_again), branching(), mode:
             return function(*args, **kwargs)
     finally:
         Running.add(-1)

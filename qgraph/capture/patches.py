@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._functorch import vmap
+from torch._higher_order_ops import utils as higher_order
 from torch.nn.utils import stateless
 from torch.utils import checkpoint
 
@@ -33,6 +34,7 @@ PATCHED: tuple[tuple[Any, str], ...] = (
     (checkpoint, "_checkpoint_without_reentrant_generator"),
     (checkpoint.CheckpointFunction, "forward"),
     ("torch._dynamo.eval_frame", "_stance"),  # by its name: importing the compiler takes seconds
+    (higher_order, "_hop_compile_and_call"),
 )
 
 _INHERITED: Any = object()  # in place of an original that a base class has
@@ -77,7 +79,31 @@ class Patches:
         self._originals.clear()
 
 
-_patches = Patches()
+_patches, _branches = Patches(), Patches()
+
+
+@contextlib.contextmanager
+def branching() -> Iterator[None]:
+    """While this runs, `torch.cond` runs the branch that its predicate says.
+
+    Otherwise it compiles both, in eager mode too, and a compiler cannot look into the prepared modules in them.
+    """
+
+    def install() -> None:
+        compile_and_call = getattr(higher_order, "_hop_compile_and_call", None)  # of torch's own, and not of every one
+        if compile_and_call is None:
+            return
+
+        def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any = None) -> Any:
+            if function.__name__ != "_cond_op_wrapper" or torch.compiler.is_exporting():
+                return compile_and_call(function, args, kwargs)
+            predicate, if_true, if_false, operands = args
+            return if_true(*operands) if predicate else if_false(*operands)
+
+        _branches.replace(higher_order, "_hop_compile_and_call", call)
+
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else _branches.on(install):
+        yield
 
 
 @contextlib.contextmanager
@@ -90,7 +116,7 @@ def patched(current: Callable[[], Any]) -> Iterator[None]:
     current : callable
         Gives the calling thread's capture session, or None.
     """
-    with _patches.on(lambda: _install(current)):
+    with _patches.on(lambda: _install(current)), branching():
         yield
 
 
