@@ -70,10 +70,14 @@ def _assigned(frame: FrameType) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _stores(code: CodeType) -> dict[int, str]:
-    """For each instruction whose result is stored at once in a local variable: that variable's name."""
+    """For each instruction whose result is stored at once in a local variable: that variable's name.
+
+    By the places of the instruction and of its cache: a call that has run often stands at the end of the latter.
+    """
     instructions = list(dis.get_instructions(code))
     return {
-        before.offset: after.argval
+        place: after.argval
         for before, after in itertools.pairwise(instructions)
         if after.opname in ("STORE_FAST", "STORE_NAME", "STORE_DEREF")
+        for place in range(before.offset, after.offset, 2)
     }

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from qgraph.config import QuantSpec
-from qgraph.ops import reference
+from qgraph.ops import eager, reference
 from qgraph.ops.codes import is_binary, scale_is_mean
 from qgraph.ops.ddt import DDT
 from qgraph.ops.groups import Groups
@@ -74,7 +73,7 @@ def fake_quantize(
     hash((spec, spec.levels, is_binary(spec), scale_is_mean(spec), groups))
     if x.numel() == 0:
         return x.clone()
-    if _has_tangent(x):  # forward-mode differentiation asks for what the fast versions have not
+    if eager.has_tangent(x):  # forward-mode differentiation asks for what the fast versions have not
         return reference.fake_quantize(x, spec, groups, dense=dense, step=step)
     order = groups.memory_order(x)
     if order is not None:  # groups do not depend on the order of values: go by memory, without a copy
@@ -107,13 +106,6 @@ def fake_quantize(
         function = StraightThrough if spec.scale == "minmax" else AbsMean
         results = [function.apply(piece, spec, dense is not None) for piece in pieces]
     return groups.join(results, x.shape)
-
-
-def _has_tangent(x: Tensor) -> bool:
-    """Whether `x` is a dual tensor, of `torch.func.jvp` or `torch.autograd.forward_ad`."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(x).tangent is not None
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ def sparsify(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
     """
     if is_sharded(w):
         return on_whole(lambda t: sparsify(t, sparsity, groups), w)
+    if eager.has_tangent(w):
+        return _passed_through(w, sparsify(w.detach(), sparsity, groups))
     return _Sparsify.apply(w, sparsity, groups)
 
 
@@ -42,7 +44,14 @@ def apply_mask(w: Tensor, mask: Tensor) -> Tensor:
     """`sparsify` with a given mask, a bool tensor of the shape of the whole `w`; the gradient is the identity."""
     if is_sharded(w):
         return on_whole(lambda t: apply_mask(t, mask), w)
+    if eager.has_tangent(w):
+        return _passed_through(w, w.detach() * mask.to(w.dtype))
     return _Masked.apply(w, mask)
+
+
+def _passed_through(w: Tensor, pruned: Tensor) -> Tensor:
+    """`pruned` with the tangent of `w`; a jvp of the functions below would be more than torch.compile takes."""
+    return w + (pruned - w.detach())  # exactly: w + 0 or w - w
 
 
 @torch.no_grad()
@@ -95,10 +104,6 @@ class _Sparsify(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0], None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0].clone()
-
 
 class _Masked(torch.autograd.Function):
     @staticmethod
@@ -112,10 +117,6 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0].clone()
 
 
 def _compiled(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor | None:

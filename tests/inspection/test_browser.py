@@ -152,7 +152,7 @@ def test_click_picks_and_double_click_opens(browser):
 def test_keys_walk_along_the_data(browser):
     browser.search("blocks.0.attn:softmax", Keys.ENTER)
     browser.press(Keys.ARROW_DOWN)
-    assert browser.picked == "blocks.0.attn:dropout"
+    assert browser.picked == "blocks.0.attn:att_2"
     browser.press(Keys.ARROW_UP, Keys.ARROW_UP)
     assert browser.picked == "blocks.0.attn:att_1"
     browser.press(Keys.BACKSPACE)

@@ -83,7 +83,7 @@ def test_it_runs_once_and_says_what_it_did():
     shared = prepared.__dict__[STATE].shared
     assert str(shared.pipeline) == f"{default_pipeline()},relu-to-gelu{{approximate=tanh}}"
     assert any(note.pass_name == "relu-to-gelu" for note in shared.notes)
-    assert "note: relu-to-gelu: the model: relu is gelu" in str(qgraph.inspect(prepared))
+    assert "note: relu-to-gelu: the model: x_1 is gelu" in str(qgraph.inspect(prepared))
 
 
 def test_it_survives_a_copy_of_the_model():
