@@ -50,7 +50,8 @@ def assemble(
 
 def as_stored(report: ExportReport, file: ir.Model) -> ExportReport:
     """The report of a graph whose weights have been unpacked."""
-    sizes = {name: value.const_value.nbytes for name, value in file.graph.initializers.items() if value.const_value}
+    held = file.graph.initializers.items()
+    sizes = {name: value.const_value.nbytes for name, value in held if value.const_value is not None}
     layers = tuple(
         layer if layer.shared_with else dataclasses.replace(layer, bytes=stored_bytes(site_of(layer), sizes))
         for layer in report.layers

@@ -14,7 +14,7 @@ from onnx.defs import onnx_opset_version
 from torch import Tensor, nn
 
 from qgraph.errors import CalibrationError, ExportError
-from qgraph.exporters.lowering.options import PURPOSES
+from qgraph.exporters.lowering.options import PURPOSES, Options
 from qgraph.exporters.signature import FlatInputs, FlatModel, flat_model, flatten_inputs, run_eagerly
 from qgraph.exporters.trace import DEFAULT_OPSET, MINIMUM_OPSET
 from qgraph.exporters.verify import worst_difference
@@ -39,10 +39,8 @@ class Job:
     target: str
     say: Say
     notes: list[str]
-    scale_dtype: torch.dtype = torch.float32
-    preunpacked: bool = False
-    optimize_for: str | None = None
-    float_kernels: bool = True
+    options: Options
+    preunpacked: bool
     python: bool = False  # whether the modules' own Python is traced, not their captured graphs
 
     @property
@@ -59,7 +57,14 @@ class Job:
 
 def check_arguments(
     prepared: Any, target: str, opset: int | None, scale_dtype: str, preunpacked: bool, optimize_for: str | None
-) -> None:
+) -> Options:
+    """How to lower, from valid arguments.
+
+    Raises
+    ------
+    ExportError
+        For what is none of them.
+    """
     if not isinstance(prepared, nn.Module):
         raise ExportError(
             f"export: found a {type(prepared).__name__} in place of the model; expected the nn.Module that "
@@ -95,6 +100,7 @@ def check_arguments(
             "quantized; expected what qgraph.prepare returns; "
             "call prepared = qgraph.prepare(model, ...) first"
         )
+    return Options(scale_dtype=SCALES[scale_dtype], optimize_for=optimize_for)
 
 
 def _is_prepared(model: nn.Module) -> bool:
@@ -111,7 +117,8 @@ def prepare_job(
     example_kwargs: Mapping[str, Any] | None,
     opset: int,
     target: str,
-    scale_dtype: str,
+    options: Options,
+    preunpacked: bool,
     say: Say,
 ) -> Job:
     for name, parameter in [*prepared.named_parameters(), *prepared.named_buffers()]:
@@ -147,14 +154,17 @@ def prepare_job(
             f"{', '.join(flat.dropped) or 'nothing'}); a file needs "
             "at least one; return one"
         )
-    job = Job(model, flat, reference, collected, prepared, opset, target, say, notes)
-    if SCALES[scale_dtype] != torch.float32:
-        _round_scales(job, SCALES[scale_dtype])
+    if options.optimize_for is not None and target != "ort":
+        notes.append(f"optimize_for: nothing to choose from, target {target!r} has one form of a layer")
+    job = Job(model, flat, reference, collected, prepared, opset, target, say, notes, options, preunpacked)
+    if options.scale_dtype != torch.float32:
+        _round_scales(job)
     return job
 
 
-def _round_scales(job: Job, dtype: torch.dtype) -> None:
-    """Let the working copy compute with scales that `dtype` holds, and note how far that is from the trained model."""
+def _round_scales(job: Job) -> None:
+    """Let the working copy compute with the scales that are stored, and note how far that is from the trained model."""
+    dtype = job.options.scale_dtype
     for site, found in ((site, compact.rest) for site, compact in job.collected.weights.items()):
         rounded = found.with_scales_of(dtype).scale
         if found.scale is None or rounded is None:
@@ -172,7 +182,7 @@ def _round_scales(job: Job, dtype: torch.dtype) -> None:
     with collecting() as job.collected:
         rounded_reference = run_eagerly(job.flat, job.flat.inputs.tensors)
     away = worst_difference(job.reference, [tensor.numpy() for tensor in rounded_reference])
-    job.reference, job.scale_dtype = rounded_reference, dtype
+    job.reference = rounded_reference
     job.notes.append(
         f"scales are stored as {str(dtype).removeprefix('torch.')}, and the file is compared with the model that has "
         f"them so: on the example it is {away:.1e} from the trained one"

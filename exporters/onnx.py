@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ from qgraph.errors import ExportError
 from qgraph.exporters.assemble import as_stored, assemble, describe
 from qgraph.exporters.job import Job, Say, check_arguments, prepare_job
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
-from qgraph.exporters.lowering.options import Options
 from qgraph.exporters.lowering.qdq import FOUR_BITS, TWO_BITS, TWO_BITS_IR
 from qgraph.exporters.naming import (
     drop_defaults,
@@ -109,11 +108,10 @@ def export(
         that was there is as it was.
     """
     path, prepared = Path(path), unwrapped(prepared)
-    check_arguments(prepared, target, opset, scale_dtype, preunpacked, optimize_for)
+    options = check_arguments(prepared, target, opset, scale_dtype, preunpacked, optimize_for)
     with workspace(path) as folder, _teller(progress) as say:
         opset = opset or (FOUR_BITS if target == "qdq" else DEFAULT_OPSET)
-        job = prepare_job(prepared, example_inputs, example_kwargs, opset, target, scale_dtype, say)
-        job.preunpacked, job.optimize_for = preunpacked, optimize_for
+        job = prepare_job(prepared, example_inputs, example_kwargs, opset, target, options, preunpacked, say)
         say("looking for dynamic sizes")
         plans = _plans(job, dynamic_shapes)
         built = _first_that_works(job, plans, folder, path, verify, given=dynamic_shapes is not None)
@@ -177,9 +175,9 @@ def _build_exactly(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: 
     try:
         return _build(job, plan, folder, path, verify)
     except WrongFile as error:
-        if not (error.rounding and job.float_kernels and job.target == "ort"):
+        if not (error.rounding and job.options.float_kernels and job.target == "ort"):
             raise
-    job.float_kernels = False
+    job.options = replace(job.options, float_kernels=False)
     return _build(job, plan, folder, path, verify)
 
 
@@ -199,8 +197,7 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     rename(model.graph)
     restore_parameters(model.graph, job.model.named_parameters(remove_duplicate=False))
     job.say("packing weights")
-    sizes = plan.sizes(job.flat.inputs.tensors)
-    options = Options(job.float_kernels, job.scale_dtype, job.optimize_for, sizes)
+    options = replace(job.options, sizes=plan.sizes(job.flat.inputs.tensors))
     lowered = lower(model, job.collected, job.target, layers, options)
     if unused := [site for site in job.collected.weights if site not in lowered.weights]:
         notes.append(f"not in the file, since no output depends on it: {', '.join(unused)}")
@@ -339,7 +336,7 @@ def _verify(
         job.collected.activations,
         {path: value for path, value in layers.items() if path in weighted},
         job.say,
-        rounding_kernels=job.float_kernels and job.target == "ort",
+        rounding_kernels=job.options.float_kernels and job.target == "ort",
         settings=QDQ_AS_WRITTEN if job.target == "qdq" else {},
     )
     return verifier.run(examples)

@@ -129,17 +129,9 @@ class ExportReport:
 
     def _table(self) -> Table:
         table = Table(title=f"{self.path} ({self.target}, {self.config})", title_justify="left", expand=False)
-        for heading, justify in (
-            ("layer", "left"),
-            ("op", "left"),
-            ("weight", "left"),
-            ("groups", "left"),
-            ("activation", "left"),
-            ("bytes", "right"),
-            ("form in the file", "left"),
-            ("max diff", "right"),
-        ):
-            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for heading in ("layer", "op", "weight", "groups", "activation", "bytes", "form in the file", "max diff"):
+            number = heading in ("bytes", "max diff")
+            table.add_column(heading, justify="right" if number else "left", overflow="fold")
         for layer in self.layers:
             table.add_row(*_cells(layer))
         return table

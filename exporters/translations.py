@@ -41,12 +41,13 @@ def table_read_once() -> Iterator[None]:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         original = ONNXRegistry.__dict__["from_torchlib"]
-    except (ImportError, KeyError):
+        operators = len(torch._C._dispatch_get_all_op_names())
+    except (ImportError, KeyError, AttributeError):
         yield
         return
 
     def from_torchlib(cls: type, opset_version: int) -> Any:
-        key = opset_version, len(torch._C._dispatch_get_all_op_names())
+        key = opset_version, operators
         if key not in _read:
             _read[key] = original.__get__(None, cls)(opset_version=opset_version)
         table = copy.copy(_read[key])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,7 @@ class Shared:
     varying: tuple[str, ...] = ()  # paths of modules that have returned a tensor and something else
     settings: dict[str, Any] = field(default_factory=dict)  # what schedules set now, also of quantizers made later
     off: list[str | None] = field(default_factory=list)  # globs of the sites that `disabled` holds off now; None: all
-
-    install: Any = None  # installs what captures a module that a forward makes later
+    install: Callable[[nn.Module, str, Shared], None] | None = None  # captures a module that a forward makes later
 
     def is_off(self, site: str) -> bool:
         """Whether a quantizer made now for this site starts switched off."""

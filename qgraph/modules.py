@@ -95,7 +95,7 @@ _one_thread = threading.RLock()
 
 def run_state() -> _Run:
     """How quantizers behave now in this thread."""
-    return _run if _run.thread is None or _run.thread == threading.get_ident() else _plain
+    return _run if _run.thread is not None and _run.thread == threading.get_ident() else _plain
 
 
 @contextlib.contextmanager

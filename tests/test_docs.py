@@ -38,7 +38,8 @@ def run(page):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_the_code_of_a_page_prints_what_the_page_shows(path):
+def test_the_code_of_a_page_prints_what_the_page_shows(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where its files go
     torch.manual_seed(0)
     found = list(run(path.read_text()))
     assert found

@@ -236,8 +236,15 @@ def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, 
 
 def _install_made(module: nn.Module, state: ModuleState) -> None:
     """Capture from the next call on what a forward has made: this one ran as part of its maker's."""
-    for name, child in module._modules.items():
-        if child is not None and name != "qgraph" and STATE not in child.__dict__:
+    children = [
+        (name, child)
+        for name, child in module._modules.items()
+        if child is not None and name != "qgraph" and STATE not in child.__dict__
+    ]
+    left = tuple((id(child), len(child._modules)) for _, child in children)
+    if left != state.left:
+        state.left = left
+        for name, child in children:
             state.install(child, name)
 
 

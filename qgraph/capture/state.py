@@ -44,6 +44,7 @@ class ModuleState:
         self.frozen = False  # whether it has lost float weights, which its Python would need
         self.gave_tensor: bool | None = None  # whether its first result was one
         self.asked = 0  # of the modules in `shared.varying`, how many its graphs ask for their structure
+        self.left: tuple[Any, ...] = ()  # of its children, those that have no captured class, as they last were
         self.positional = positional_names(forward)
 
     def owner(self, module: nn.Module) -> Owner:
@@ -51,7 +52,8 @@ class ModuleState:
 
     def install(self, module: nn.Module, path: str) -> None:
         """Capture a module below this one from now on."""
-        self.shared.install(module, f"{self.path}.{path}".lstrip("."), self.shared)
+        if self.shared.install is not None:
+            self.shared.install(module, f"{self.path}.{path}".lstrip("."), self.shared)
 
     def names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
         """A name for each argument of a call, keywords in the order of their names."""

@@ -270,7 +270,7 @@ def test_a_kernel_that_rounds_too_much_gives_way_to_a_plain_product(tmp_path, mo
 
     def build_or_complain(job, *args):
         built = build(job, *args)
-        if job.float_kernels:
+        if job.options.float_kernels:
             assert "MatMulNBits" in built.report.layers[0].form
             raise WrongFile("rounded too much", shape_only=False, rounding=True)
         return built

@@ -20,7 +20,7 @@ from qgraph.errors import ExportError, InspectError
 from qgraph.exporters.onnx import export
 from qgraph.exporters.report import read_report
 from qgraph.exporters.translations import table_read_once
-from qgraph.modules import exporting
+from qgraph.modules import exporting, run_state
 from tests.models import CASES, CNN, GPT
 
 TOLERANCE = 1e-5
@@ -419,7 +419,9 @@ def test_exports_in_threads_are_those_of_one(tmp_path):
 def test_another_thread_goes_on_quantizing_during_an_export():
     layer, x = qgraph.prepare(nn.Linear(8, 8), "A4W1").eval(), torch.randn(3, 8)
     expected = layer(x)
+    asked_before = run_state()  # by a quantizer that has not looked at it yet
     with ThreadPoolExecutor(1) as pool, exporting() as emitted:
+        assert not asked_before.exporting
         assert torch.equal(pool.submit(layer, x).result(), expected)
         assert not emitted
         assert not torch.equal(layer(x), expected) and len(emitted) == 2

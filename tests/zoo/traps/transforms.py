@@ -1,0 +1,96 @@
+"""How torch itself runs a forward: checkpoints, function transforms, functional calls, scripts, gradients inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.zoo.traps.registry import rows, trap
+
+
+@trap(rows(4), opaque=True)
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Sequential(nn.Linear(4, 8), nn.Tanh()), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.b(checkpoint(self.a, x, use_reentrant=False))
+
+
+@trap(rows(4), opaque=True)
+class Vmapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.fc = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(torch.vmap(lambda row: torch.tanh(row @ self.w))(x))
+
+
+@trap(rows(4), opaque=True)
+class Functionalized(nn.Module):
+    """A hypernetwork: the weights of one network are computed by another."""
+
+    def __init__(self):
+        super().__init__()
+        self.hyper, self.main = nn.Linear(4, 4 * 2 + 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        p = self.hyper(x.mean(0))
+        weights = {"weight": p[:8].view(2, 4), "bias": p[8:]}
+        return torch.func.functional_call(self.main, weights, (x,))
+
+
+@trap(lambda i: (torch.randn(2 + i, 6),))
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.script = torch.jit.script(nn.Sequential(nn.Tanh(), nn.Softmax(-1)))
+
+    def forward(self, x):
+        return self.script(self.fc(x))
+
+
+@trap(rows(4))
+class EnableGrad(nn.Module):
+    """Forces: the gradient of an energy, taken inside the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            energy = self.b(torch.tanh(self.a(x))).sum()
+            (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return energy, -force
+
+
+@trap(rows(4), opaque=True)
+class FrozenSwapped(nn.Module):
+    """`functional_call` with a weight made of a frozen parameter: a tensor that asks for no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.w = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+
+    def forward(self, x):
+        return self.head(torch.func.functional_call(self.fc, {"weight": self.w.tanh(), "bias": self.fc.bias}, (x,)))
+
+
+@trap(rows(4), opaque=True)
+class Tangents(nn.Module):
+    """A derivative along a direction, by forward-mode differentiation of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h, slope = torch.func.jvp(lambda t: torch.tanh(self.fc(t)), (x,), (torch.ones_like(x),))
+        return self.head(h), self.head(slope)
