@@ -40,13 +40,14 @@ def preunpack(model: ir.Model, sites: Collection[str]) -> None:
     if not computed:
         return
     part = ir.Model(ir.convenience.extract(graph, [], computed), ir_version=model.ir_version)
-    for value in part.graph.outputs:
-        value.shape = value.shape if value.type else None  # a shape alone cannot be written
+    for value in (value for node in part.graph for value in node.outputs if value.type is None):
+        value.shape = None  # which alone cannot be written
     arrays = session_of(ir.to_proto(part).SerializeToString(), optimize=False).run(None, {})
     taken = set(graph.initializers)
     for value, array in zip(computed, arrays, strict=True):
         name = unique(f"{source[value]}.{UNPACKED}", taken)
-        stored = ir.Value(name=name, type=value.type, shape=value.shape, const_value=ir.tensor(array, name=name))
+        held = ir.tensor(array, name=name)
+        stored = ir.Value(name=name, type=ir.TensorType(held.dtype), shape=held.shape, const_value=held)
         graph.register_initializer(stored)
         value.replace_all_uses_with(stored, replace_graph_outputs=True)
     remove_unused(graph)

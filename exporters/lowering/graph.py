@@ -92,10 +92,11 @@ class _Lowering:
         self.quantized: dict[tuple[int, str], ir.Value] = {}
         self.by_content: dict[bytes, str] = {}
         self.gathered: set[bytes] = set()
+        self.multiplied: set[bytes] = set()
         self.statics = Statics(self)
 
     def run(self) -> Lowered:
-        self._find_gathered()
+        self._find_uses()
         weights = [node for node in self.graph if node.domain == DOMAIN and node.op_type == "Weight"]
         if self.target != "qdq":
             self.statics.emit_chains()
@@ -123,17 +124,19 @@ class _Lowering:
         if any(use.node.op_type != "Shape" for use in _real_uses(node.outputs[0])):
             self._unpacked(node, record)
 
-    def _find_gathered(self) -> None:
-        """Weights whose rows are looked up: their rows must begin on a byte, also where they are used
-        otherwise.
+    def _find_uses(self) -> None:
+        """Weights whose rows are looked up: their rows must begin on a byte, also where they are used otherwise.
+
+        And for "qdq", whose stored codes have one form, those that are.
         """
         for node in self.graph:
-            if (
-                node.domain == DOMAIN
-                and node.op_type == "Weight"
-                and any(is_gather(u) for u in uses_of(node.outputs[0]))
-            ):
-                self.gathered.add(_digest(self._quantized(_site(node))))
+            if node.domain == DOMAIN and node.op_type == "Weight":
+                uses = [use for use in uses_of(node.outputs[0]) if use.node.op_type != "Shape"]
+                gathers = sum(map(is_gather, uses))
+                if gathers or self.target == "qdq":
+                    digest = _digest(self._quantized(_site(node)))
+                    self.gathered |= {digest} if gathers else set()
+                    self.multiplied |= {digest} if gathers < len(uses) else set()
 
     def _quantized(self, site: str) -> Quantized:
         found = self.collected.weights.get(site)
@@ -232,6 +235,8 @@ class _Lowering:
         indices = node.inputs[1] if len(node.inputs) > 1 else None
         packed = record.packed
         if not is_gather(use) or indices is None or len(packed.shape) != 2 or packed.rows != packed.shape:
+            return None
+        if self.target == "qdq" and _digest(self._quantized(record.site)) in self.multiplied:
             return None
 
         def emit() -> None:

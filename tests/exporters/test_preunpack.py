@@ -1,5 +1,7 @@
 """Files whose weights are stored as a runtime holds them."""
 
+import logging
+
 import onnx
 import pytest
 import torch
@@ -44,12 +46,13 @@ def test_nothing_is_unpacked_at_load_and_the_numbers_are_the_same(config, target
 
 
 @pytest.mark.parametrize("target", ["ort", "standard"])
-def test_tied_gathered_and_convolution_weights(target, tmp_path):
+def test_tied_gathered_and_convolution_weights(target, tmp_path, caplog):
     torch.manual_seed(0)
     for model, x in ((GPT(65, 64, 2), torch.randint(0, 65, (2, 16))), (CNN(), torch.randn(2, 3, 16, 16))):
         prepared = qgraph.prepare(model, "W4", x).eval()
         report = qgraph.export(prepared, tmp_path / "a.onnx", (x,), target=target, preunpacked=True)
         assert report.max_difference < 1e-5 and report.packed_bytes is not None
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # nothing on the terminal
 
 
 def test_a_target_that_has_it_already(tmp_path):

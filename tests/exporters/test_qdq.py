@@ -109,3 +109,31 @@ def test_blocks_and_float_zero_points_stay_exact(tmp_path):
     with pytest.raises(ExportError, match="blocks of 32 at opset 18"):
         qgraph.export(model, tmp_path / "n.onnx", (x,), target="qdq", opset=18, progress=False)
     assert not (tmp_path / "n.onnx").exists()
+
+
+class Tied(nn.Module):
+    """A table that is looked up and multiplied with."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.fc = nn.Embedding(32, 48), nn.Linear(48, 48)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.fc(self.table(ids)), self.table.weight)
+
+
+@pytest.mark.parametrize("config", ["W4", "W1-2:4", "A8sW8", "W3@16"])
+def test_a_tied_weight_has_one_form(config, tmp_path):
+    torch.manual_seed(0)
+    ids = torch.randint(0, 32, (2, 9))
+    prepared = qgraph.prepare(Tied(), config, (ids,)).eval()
+    if "s" in config:
+        qgraph.calibrate(prepared, [(ids,)])
+    report = qgraph.export(prepared, tmp_path / "tied.onnx", (ids,), target="qdq")
+    assert report.max_difference < 1e-5 or report.flips
+    names = [tensor.name for tensor in onnx.load(tmp_path / "tied.onnx").graph.initializer]
+    assert names.count("table.weight.packed") == 1
+    found = qgraph.unpack(tmp_path / "tied.onnx")["table.weight"].weight
+    with torch.no_grad():
+        rows = prepared.table(torch.arange(32)[None])[0].numpy()
+    assert np.abs(found - rows).max() <= 1e-6 * np.abs(rows).max()
