@@ -1,20 +1,21 @@
 """`allocate`: bits of each layer's weights, such that the model keeps the most quality within a budget.
 
-What a layer costs at a width is in `costs.py`, the choice within a budget in `budget.py`.
+What a layer costs at a width is in `costs.py`, what it takes in `latency.py`, the choice in a budget in `budget.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rich.table import Table
 from torch import nn
 
-from qgraph.analysis.budget import budget_bytes, choose
-from qgraph.analysis.costs import Evaluate, Loss, Unit, evaluated_costs, fisher_costs, spec_at, units_of
+from qgraph.analysis.budget import budget_bytes, choose, latency_share
+from qgraph.analysis.costs import Evaluate, Loss, Unit, evaluated_costs, fisher_costs, score_at, spec_at, units_of
+from qgraph.analysis.latency import Stopwatch, Times
 from qgraph.config import QConfig, QuantSpec, Rule
 from qgraph.errors import ConfigError, InspectError
 from qgraph.graph import STATE, config_of, is_prepared, unwrapped
@@ -24,6 +25,8 @@ __all__ = ["Allocation", "LayerBits", "allocate", "allocation"]
 
 CANDIDATES = (1, 1.58, 2, 3, 4, 6, 8)
 TIE = 1e-3  # of the largest cost: what noise of the weights decides where costs are equal
+TRIES = 4  # of a choice that is timed
+NOISE = 0.02  # of a measured latency
 GLOB = re.compile(r"[*?\[]")
 
 How = Literal["evaluate", "snr", "fisher"]
@@ -42,6 +45,8 @@ class LayerBits:
         How many weights, and the bytes of their codes and scales.
     costs : dict of float to float
         Quality lost at each candidate, against the widest one.
+    milliseconds : dict of float to float, optional
+        What it takes in a run at each candidate, for a budget of latency.
     """
 
     paths: tuple[str, ...]
@@ -49,20 +54,26 @@ class LayerBits:
     weights: int
     stored: int
     costs: dict[float, float]
+    milliseconds: dict[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
     """What `allocation` found; `print` it.
 
-    `config` is what to prepare with; `stored` and `limit` are bytes of the allocated weights, found and allowed.
+    `config` is what to prepare with; `stored` are bytes of the allocated weights, and `limit` those that are allowed,
+    None for a budget of latency. Then `latency` is what a run takes over the float model, as measured, and
+    `latency_limit` what is allowed. `uniform` says that no mixed choice was better than one width everywhere.
     """
 
     config: QConfig
     how: How
     layers: tuple[LayerBits, ...]
     stored: int
-    limit: int
+    limit: int | None
+    latency: float | None = None
+    latency_limit: float | None = None
+    uniform: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -71,17 +82,32 @@ class Allocation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        layers = [{**asdict(layer), "costs": {str(b): c for b, c in layer.costs.items()}} for layer in self.layers]
+        layers = [
+            {
+                **asdict(layer),
+                "costs": {str(b): c for b, c in layer.costs.items()},
+                "milliseconds": layer.milliseconds and {str(b): t for b, t in layer.milliseconds.items()},
+            }
+            for layer in self.layers
+        ]
         return {
             "how": self.how,
             "stored": self.stored,
             "limit": self.limit,
+            "latency": self.latency,
+            "latency_limit": self.latency_limit,
+            "uniform": self.uniform,
             "bits_per_weight": self.bits_per_weight,
             "layers": layers,
         }
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        yield f"{self.stored:,} of {self.limit:,} bytes, {self.bits_per_weight:.2f} bits a weight; costs by {self.how}"
+        room = f"{self.stored:,} bytes" if self.limit is None else f"{self.stored:,} of {self.limit:,} bytes"
+        yield f"{room}, {self.bits_per_weight:.2f} bits a weight; costs by {self.how}"
+        if self.latency is not None:
+            yield f"{self.latency:.2f}x the float model's latency, allowed {self.latency_limit:g}x"
+        if self.uniform:
+            yield "the same bits everywhere: evaluate found no mixed choice better"
         widths = sorted(self.layers[0].costs)
         table = Table("layer", "bits", "bytes", *(f"cost at {bits}" for bits in widths))
         for layer in self.layers:
@@ -104,13 +130,19 @@ def allocate(
     lower_is_better: bool = False,
     loss: Loss | None = None,
     batches: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> QConfig:
     """Bits for the weights of each layer, such that the least quality is lost within a budget.
 
     The cost of a layer at a width is what the score loses when that layer alone has it and all others have the widest
-    candidate; costs are taken to add up, and the best choice is then found exactly. Activations, sparsity, scales and
+    candidate; costs are taken to add up, and the best choice is then found exactly. Where `evaluate` then finds one
+    width for all layers that is as good within the budget, that is what is returned. Activations, sparsity, scales and
     methods stay as they are configured, and so does what rules leave float.
+
+    For a budget of latency the model is exported once at each candidate (target "ort", for latency) and timed and
+    profiled beside the float model; what is chosen is then timed itself.
 
     Parameters
     ----------
@@ -118,7 +150,8 @@ def allocate(
         A prepared model with weights to go by: trained ones. It is left as it was.
     budget : str
         ``"2.5 bits"``, the mean over the quantized weights with their scales; ``"4 MB"`` (B, KB, MB, GB), of the whole
-        model, floats included; or ``"0.5x size"``, of the model as it is prepared now.
+        model, floats included; ``"0.5x size"``, of the model as it is prepared now; or ``"0.5x latency"``, of what the
+        float model takes for `example_inputs` in onnxruntime on one thread of this machine.
     evaluate : callable
         Takes the model and returns a number, the same one for the same model. A loss tells more than an accuracy, which
         moves in steps.
@@ -132,6 +165,8 @@ def allocate(
         True for a loss or a perplexity.
     loss : callable (model, batch) -> Tensor, optional
     batches : iterable, optional
+    example_inputs, example_kwargs : optional
+        What a run is timed with, as `qgraph.export` takes them; for a budget of latency.
     progress : bool
         Show a bar on a terminal.
 
@@ -165,6 +200,8 @@ def allocate(
         lower_is_better=lower_is_better,
         loss=loss,
         batches=batches,
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
         progress=progress,
     ).config
 
@@ -179,6 +216,8 @@ def allocation(
     lower_is_better: bool = False,
     loss: Loss | None = None,
     batches: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Allocation:
     """`allocate`, with the costs and sizes that it went by."""
@@ -195,17 +234,12 @@ def allocation(
         raise ConfigError("allocate: no candidates. Expected bits to choose from, such as (2, 4, 8).")
     widths = sorted({QuantSpec(bits).bits for bits in candidates})
     units = units_of(model, widths)
-    sizes = [[unit.bytes_at(bits) for bits in widths] for unit in units]
-    present = sum(unit.present_bytes() for unit in units)
-    other = _other_bytes(model, units)
-    limit = budget_bytes(budget, sum(unit.weights for unit in units), other, present + other)
-    least = sum(min(row) for row in sizes)
-    if least > limit:
-        raise ConfigError(
-            f"allocate: the weights take {least:,} bytes at the narrowest of the candidates, and the budget {budget!r} "
-            f"leaves {max(0, limit):,} for them ({other:,} are floats). Raise it, add narrower candidates, or let "
-            f"larger groups share a scale."
-        )
+    share = latency_share(budget)
+    if share is None:
+        room = _bytes_room(model, units, widths, budget)
+    else:
+        watch = Stopwatch(model, units, example_inputs, example_kwargs)
+        room = _time_room(watch, watch.measure(widths, progress), widths, share)
     noise = [[unit.noise(bits) for bits in widths] for unit in units]
     if how == "evaluate":
         assert evaluate is not None
@@ -215,17 +249,99 @@ def allocation(
         costs = fisher_costs(model, units, widths, loss, batches, progress)
     else:
         costs = noise
-    chosen = choose(_with_ties(costs, noise), sizes, limit)
+    chosen, latency = room.choose(_with_ties(costs, noise), widths)
+    uniform = False
+    if how == "evaluate" and (one := room.widest()) is not None:
+        assert evaluate is not None
+        plain = [one] * len(units)
+        found, other = (score_at(model, units, [widths[i] for i in which], evaluate) for which in (chosen, plain))
+        uniform = other <= found if lower_is_better else other >= found
+        if uniform:
+            chosen, latency = plain, None if room.times is None else room.times.at(one)
     layers = tuple(
-        LayerBits(tuple(unit.paths), widths[i], unit.weights, row[i], dict(zip(widths, cost, strict=True)))
-        for unit, i, row, cost in zip(units, chosen, sizes, costs, strict=True)
+        LayerBits(
+            tuple(unit.paths),
+            widths[i],
+            unit.weights,
+            unit.bytes_at(widths[i]),
+            dict(zip(widths, cost, strict=True)),
+            None if room.times is None else dict(zip(widths, row, strict=True)),
+        )
+        for unit, i, cost, row in zip(units, chosen, costs, room.rows, strict=True)
     )
     return Allocation(
         _config(model, units, [layer.bits for layer in layers]),
         how,
         layers,
         sum(layer.stored for layer in layers),
-        limit,
+        int(room.limit) if room.times is None else None,
+        latency,
+        share,
+        uniform,
+    )
+
+
+@dataclass(slots=True)
+class _Room:
+    """What each layer takes at each width, and what all of them may: bytes, or milliseconds where there are `times`."""
+
+    rows: Sequence[Sequence[float]]
+    limit: float
+    share: float = 0.0
+    watch: Stopwatch | None = None
+    times: Times | None = None
+
+    def widest(self) -> int | None:
+        """The place of the widest candidate that all layers may have."""
+        fits = [i for i in range(len(self.rows[0])) if sum(row[i] for row in self.rows) <= self.limit]
+        return max(fits, default=None)
+
+    def choose(self, costs: Sequence[Sequence[float]], widths: Sequence[float]) -> tuple[list[int], float | None]:
+        """The place of each layer's candidate, and the latency that was measured with them."""
+        if self.watch is None or self.times is None:
+            return choose(costs, self.rows, self.limit), None
+        limit, least, found = self.limit, sum(map(min, self.rows)), self.share
+        for _ in range(TRIES):
+            chosen = choose(costs, self.rows, max(limit, least))
+            found = self.watch.share([widths[i] for i in chosen])
+            if found <= self.share * (1 + NOISE):
+                return chosen, found
+            limit -= (found - self.share) * self.times.whole  # layers do not quite add up
+        raise ConfigError(
+            f"allocate: no choice keeps the budget '{self.share:g}x latency': the last of {TRIES} took {found:.2f}x. "
+            f"{_at_each_width(self.times, widths)}"
+        )
+
+
+def _bytes_room(model: nn.Module, units: Sequence[Unit], widths: Sequence[float], budget: str) -> _Room:
+    rows = [[unit.bytes_at(bits) for bits in widths] for unit in units]
+    present, other = sum(unit.present_bytes() for unit in units), _other_bytes(model, units)
+    limit = budget_bytes(budget, sum(unit.weights for unit in units), other, present + other)
+    least = sum(map(min, rows))
+    if least > limit:
+        raise ConfigError(
+            f"allocate: the weights take {least:,} bytes at the narrowest of the candidates, and the budget {budget!r} "
+            f"leaves {max(0, limit):,} for them ({other:,} are floats). Raise it, add narrower candidates, or let "
+            f"larger groups share a scale."
+        )
+    return _Room(rows, limit)
+
+
+def _time_room(watch: Stopwatch, times: Times, widths: Sequence[float], share: float) -> _Room:
+    limit, least = share * times.whole - times.rest, sum(map(min, times.layers))
+    if least > limit:
+        raise ConfigError(
+            f"allocate: the fastest candidate of each layer makes {(times.rest + least) / times.whole:.2f}x the float "
+            f"model's latency, and the budget is '{share:g}x latency'. {_at_each_width(times, widths)}"
+        )
+    return _Room(times.layers, limit, share, watch, times)
+
+
+def _at_each_width(times: Times, widths: Sequence[float]) -> str:
+    found = ", ".join(f"{bits} bits {times.at(i):.2f}x" for i, bits in enumerate(widths))
+    return (
+        f"Everywhere the same, these inputs take {found}; {times.rest / times.whole:.2f}x is of what no weight's bits "
+        f"change. Raise the budget, or make activations or scales coarser."
     )
 
 

@@ -10,10 +10,19 @@ from qgraph.errors import ConfigError, QGraphError
 
 UNITS = {"B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 _TEXT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(bits?|x size|x|B|KB|MB|GB)\s*", re.I)
+_LATENCY = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*x latency\s*", re.I)
 KNOWN = (
-    "'2.5 bits' (a quantized weight, scales included), '4 MB' (the whole model) or '0.5x size' (of the model as it is "
-    "prepared now)"
+    "'2.5 bits' (a quantized weight, scales included), '4 MB' (the whole model), '0.5x size' (of the model as it is "
+    "prepared now) or '0.5x latency' (of the float model in onnxruntime)"
 )
+
+
+def latency_share(text: str) -> float | None:
+    """The number of a budget such as ``"0.5x latency"``; None for another text."""
+    found = _LATENCY.fullmatch(text) if isinstance(text, str) else None
+    if found is not None and float(found[1]) <= 0:
+        raise ConfigError(f"allocate: a budget is above 0, found {text!r}.")
+    return None if found is None else float(found[1])
 
 
 def budget_bytes(text: str, weights: int, other_bytes: int, present_bytes: int) -> int:
@@ -32,16 +41,12 @@ def budget_bytes(text: str, weights: int, other_bytes: int, present_bytes: int) 
     Raises
     ------
     ConfigError
-        For a text that is no budget, a budget of time among them.
+        For a text that is no budget of size.
     """
     found = _TEXT.fullmatch(text) if isinstance(text, str) else None
     if found is None:
         timed = isinstance(text, str) and re.search(r"\d\s*(ms|us|s|fps|tokens/s)\s*$|latency", text) is not None
-        why = (
-            " No budget of time is offered: no measurement of a layer's time at each width stands behind it."
-            if timed
-            else ""
-        )
+        why = " A budget of time is a share of the float model's, measured beside it on this machine." if timed else ""
         raise ConfigError(f"allocate: budget {text!r} is not one of {KNOWN}.{why}")
     number, unit = float(found[1]), found[2].upper()
     if number <= 0:
@@ -53,8 +58,8 @@ def budget_bytes(text: str, weights: int, other_bytes: int, present_bytes: int) 
     return int(number * UNITS[unit]) - other_bytes
 
 
-def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], limit: int) -> list[int]:
-    """For each layer the candidate: least total cost with a total size of at most `limit`; exact.
+def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], limit: float) -> list[int]:
+    """For each layer the candidate: least total cost with a total size (or time) of at most `limit`; exact.
 
     A multiple-choice knapsack, solved as an integer programme (scipy's `milp`, which is HiGHS).
 
@@ -80,9 +85,9 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], lim
         objective / scale,
         integrality=np.ones(len(objective)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(weights[None] / max(1, limit), -np.inf, 1.0)],
+        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(weights[None] / max(1e-9, limit), -np.inf, 1.0)],
         options={"mip_rel_gap": 0.0},
     )
     if solved.x is None:
-        raise QGraphError(f"allocate: the solver found no choice of {limit:,} bytes: {solved.message}")
+        raise QGraphError(f"allocate: the solver found no choice within {limit:,.6g}: {solved.message}")
     return [int(np.argmax(solved.x[starts[row] : starts[row + 1]])) for row in range(len(counts))]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qgraph.analysis.replay import Replay
 from qgraph.analysis.sensitivity import score_of
 from qgraph.config import QuantSpec
 from qgraph.errors import ConfigError, InspectError
@@ -21,6 +22,7 @@ from qgraph.ops import fake_quantize, sparsify
 from qgraph.terminal import progress_bar
 
 Evaluate = Callable[[nn.Module], float]
+CACHE_BYTES = 1 << 30  # of activations
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -34,6 +36,15 @@ class Unit:
     @property
     def weights(self) -> int:
         return sum(value.numel() for _, value in self.sites)
+
+    def names(self) -> list[str]:
+        return [record.name for record, _ in self.sites]
+
+    def set_bits(self, bits: float) -> None:
+        """Give its quantizers other bits; `as_it_was` puts them back."""
+        for record, _ in self.sites:
+            assert record.quantizer is not None
+            record.quantizer.spec = spec_at(record, bits)
 
     def bytes_at(self, bits: float) -> int:
         return sum(_stored(record, value, spec_at(record, bits)) for record, value in self.sites)
@@ -112,31 +123,50 @@ def _holds(unit: Unit, site: str) -> bool:
 def evaluated_costs(
     model: nn.Module, units: Sequence[Unit], widths: Sequence[float], evaluate: Evaluate, sign: int, progress: bool
 ) -> list[list[float]]:
-    """Costs by evaluations: each layer alone at each width, the others at the widest."""
-    with _as_it_was(model), progress_bar(progress, len(units) * (len(widths) - 1) + 1, "allocate") as advance:
+    """Costs by evaluations: each layer alone at each width, the others at the widest.
+
+    What the model computes before that layer is kept and given back, as in `sensitivity`.
+    """
+    replay = Replay(model, CACHE_BYTES)
+    changed = [[record.quantizer for record, _ in unit.sites if record.quantizer is not None] for unit in units]
+    with as_it_was(model), progress_bar(progress, len(units) * (len(widths) - 1) + 1, "allocate") as advance:
 
         def score(name: str) -> float:
-            found = score_of(evaluate, model, name, "allocate")
-            advance()
-            if not math.isfinite(found):
-                raise InspectError(
-                    f"allocate: evaluate gives {found} for {name}. Expected a finite number; qgraph.compare names the "
-                    f"first layer with NaN."
-                )
-            return found
+            return _finite_score(evaluate, model, name)
 
         for unit in units:
-            _set(unit, widths[-1])
-        base = score(f"all layers at {widths[-1]} bits")
+            unit.set_bits(widths[-1])
+        base = replay.keep(lambda: score(f"all layers at {widths[-1]} bits"), changed)
+        advance()
         costs = []
-        for unit in units:
+        for unit, quantizers in zip(units, changed, strict=True):
             row = []
             for bits in widths[:-1]:
-                _set(unit, bits)
-                row.append(sign * (base - score(f"{unit.paths[0] or 'the model'} alone at {bits} bits")))
-            _set(unit, widths[-1])
+                unit.set_bits(bits)
+                with replay.until(quantizers):
+                    row.append(sign * (base - score(f"{unit.paths[0] or 'the model'} alone at {bits} bits")))
+                advance()
+            unit.set_bits(widths[-1])
             costs.append([*row, 0.0])
-    return costs
+        return costs
+
+
+def score_at(model: nn.Module, units: Sequence[Unit], bits: Sequence[float], evaluate: Evaluate) -> float:
+    """What `evaluate` gives with these bits, one number for each layer."""
+    with as_it_was(model):
+        for unit, width in zip(units, bits, strict=True):
+            unit.set_bits(width)
+        return _finite_score(evaluate, model, "the chosen bits")
+
+
+def _finite_score(evaluate: Evaluate, model: nn.Module, name: str) -> float:
+    found = score_of(evaluate, model, name, "allocate")
+    if not math.isfinite(found):
+        raise InspectError(
+            f"allocate: evaluate gives {found} for {name}. Expected a finite number; qgraph.compare names the first "
+            f"layer with NaN."
+        )
+    return found
 
 
 def fisher_costs(
@@ -158,10 +188,10 @@ def fisher_costs(
         )
     squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in watched.items() if p is not None}
     found = 0
-    with _as_it_was(model), progress_bar(progress, 1, "allocate") as advance:
+    with as_it_was(model), progress_bar(progress, 1, "allocate") as advance:
         model.eval()
         for unit in units:
-            _set(unit, widths[-1])
+            unit.set_bits(widths[-1])
         for batch in batches:
             value = loss(model, batch)
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
@@ -189,14 +219,8 @@ def fisher_costs(
     ]  # fmt: skip
 
 
-def _set(unit: Unit, bits: float) -> None:
-    for record, _ in unit.sites:
-        assert record.quantizer is not None
-        record.quantizer.spec = spec_at(record, bits)
-
-
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Put specs and modes back."""
     specs = [(m, m.spec) for m in model.modules() if isinstance(getattr(m, "spec", None), QuantSpec)]
     with keeping_modes(model):

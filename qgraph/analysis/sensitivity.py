@@ -1,6 +1,7 @@
 """`sensitivity`: how much quality each layer, and each kind of quantizer, costs.
 
-By evaluations alone, each with other quantizers switched on; nothing of the model is copied.
+By evaluations alone, each with other quantizers switched on; nothing of the model is copied. What comes before those is
+not computed again (`replay.py`).
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
+from qgraph.analysis.gradient import LossChanges
+from qgraph.analysis.recorded import title_of
+from qgraph.analysis.replay import Replay
 from qgraph.errors import InspectError
 from qgraph.graph import config_of, is_prepared, keeping_modes
 from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
@@ -31,6 +35,12 @@ KINDS: Mapping[str, type[nn.Module]] = {
     "activations": ActivationQuantizer,
     "sparsity": Sparsifier,
 }
+HEADINGS = {
+    "quantized": "quantized alone",
+    "float": "left float alone",
+    "gradient": "quantized alone, by gradient",
+}
+NONE_ACTIVE = "sensitivity: no quantizer of the model is active. Switch them on with qgraph.set_enabled."
 FORMAT = 1  # of the file that is resumed from
 
 
@@ -61,7 +71,10 @@ class LayerSensitivity:
 
 @dataclass(frozen=True, slots=True)
 class SensitivityReport:
-    """What `sensitivity` found, the costliest first; `print` it."""
+    """What `sensitivity` found, the costliest first; `print` it.
+
+    `cached` says what of the activations was kept, why evaluations were run in full, or which layers are not ranked.
+    """
 
     title: str
     how: str
@@ -70,6 +83,7 @@ class SensitivityReport:
     quantized_score: float
     layers: tuple[LayerSensitivity, ...]
     kinds: tuple[LayerSensitivity, ...]
+    cached: str = ""
 
     @property
     def worst(self) -> LayerSensitivity:
@@ -84,13 +98,15 @@ class SensitivityReport:
         better = "lower" if self.lower_is_better else "higher"
         yield f"{self.title}; {better} is better: float {self.float_score:.6g}, quantized {self.quantized_score:.6g}"
         table = Table()
-        for name in ("quantized alone" if self.how == "quantized" else "left float alone", "score", "cost"):
+        for name in (HEADINGS[self.how], "score", "cost"):
             table.add_column(name, justify="right" if name in ("score", "cost") else "left", overflow="fold")
         for rows in (self.layers, self.kinds):
             for row in rows:
                 table.add_row(row.name or "the model", f"{row.score:.6g}", f"{row.cost:+.4g}")
             table.add_section()
         yield table
+        if self.cached:
+            yield self.cached
 
     def __str__(self) -> str:
         return as_text(self)
@@ -98,29 +114,43 @@ class SensitivityReport:
 
 def sensitivity(
     prepared: nn.Module,
-    evaluate: Callable[[nn.Module], float],
+    evaluate: Callable[[nn.Module], float] | None = None,
     *,
-    how: Literal["quantized", "float"] = "quantized",
+    how: Literal["quantized", "float", "gradient"] = "quantized",
     lower_is_better: bool = False,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    batches: Iterable[Any] | None = None,
     resume: str | os.PathLike[str] | None = None,
+    cache_bytes: int = 1 << 30,
     progress: bool = True,
 ) -> SensitivityReport:
     """Rank the layers of a prepared model, and its kinds of quantizers, by the quality that they cost.
 
-    Runs `evaluate` once for the float model, once for the quantized one, and once for each layer and kind. Switches and
-    train or eval modes are as before afterwards. Quantizers that are switched off stay off and count for nothing.
+    Runs `evaluate` once for the float model, once for the quantized one, and once for each layer and kind. What the
+    model computes before the layer in question is kept from one run and given back in the others, so that a run costs
+    what comes after the layer: half an evaluation on average. Switches and train or eval modes are as before
+    afterwards. Quantizers that are switched off stay off and count for nothing.
 
     Parameters
     ----------
     prepared : nn.Module
     evaluate : callable
         Takes the model and returns a number, the same one for the same model; it must not train.
-    how : {"quantized", "float"}
-        Whether one layer alone is quantized, or one alone is left float.
+    how : {"quantized", "float", "gradient"}
+        Whether one layer alone is quantized, or one alone is left float. "gradient" is a fast proxy for the first: what
+        each layer, quantized alone, would add to a loss to second order (`gradient.py`), in two passes over some
+        `batches` however many layers there are. Layers that keep state or run as Python are not ranked by it.
     lower_is_better : bool
         True for a loss or a perplexity.
     resume : path, optional
         A JSON file to keep the scores in: a run that was stopped goes on from there.
+    loss : callable (model, batch) -> Tensor, optional
+        A mean over samples, with a gradient; for how="gradient", which does without `evaluate`.
+    batches : iterable, optional
+        What `loss` is given. Samples are the first dimension of every layer's output.
+    cache_bytes : int
+        How much of the activations to keep, on their device; 0 runs each evaluation in full. Nothing is kept of a
+        model that draws random numbers, nor with gradients, nor where a check finds that it changes the score.
     progress : bool
         Show a bar on a terminal.
 
@@ -138,26 +168,35 @@ def sensitivity(
     --------
     >>> print(qgraph.sensitivity(prepared, lambda model: accuracy(model, data)))  # doctest: +SKIP
     """
-    if how not in ("quantized", "float"):
-        raise InspectError(f"sensitivity: found how={how!r}. Expected 'quantized' or 'float'.")
+    if how not in ("quantized", "float", "gradient"):
+        raise InspectError(f"sensitivity: found how={how!r}. Expected 'quantized', 'float' or 'gradient'.")
     if not isinstance(prepared, nn.Module) or not is_prepared(prepared):
         raise InspectError(
             f"sensitivity: {type(prepared).__name__} is not prepared. Expected what qgraph.prepare returns."
         )
-    scores = _Scores(prepared, evaluate, None if resume is None else Path(resume))
+    if how == "gradient":
+        return _by_gradient(prepared, loss, batches, progress)
+    if not callable(evaluate):
+        raise InspectError("sensitivity: needs evaluate, a function of the model that returns a number.")
+    scores = _Scores(prepared, evaluate, None if resume is None else Path(resume), Replay(prepared, cache_bytes))
     scores.take("quantized", None)  # quantizers may be made by the first call
     layers, kinds = _layers(prepared), _kinds(prepared)
     if not layers:
-        raise InspectError("sensitivity: no quantizer of the model is active. Switch them on with qgraph.set_enabled.")
+        raise InspectError(NONE_ACTIVE)
     everything = {id(module) for held in layers.values() for module in held}
     units = [("layer", name, held) for name, held in layers.items()] + [("kind", *item) for item in kinds.items()]
     with progress_bar(progress, len(units) + 2, "sensitivity") as advance:
         advance()
-        scores.take("float", set())
+        missing = [held for kind, name, held in units if f"{how} {kind} {name}" not in scores.found]
+        if how == "quantized":
+            scores.take("float", set(), base_of=missing)
+        else:
+            scores.take("float", set())
+            scores.take("quantized", everything, base_of=missing)
         advance()
         for kind, name, held in units:
             chosen = {id(module) for module in held}
-            scores.take(f"{how} {kind} {name}", chosen if how == "quantized" else everything - chosen)
+            scores.take(f"{how} {kind} {name}", chosen if how == "quantized" else everything - chosen, held)
             advance()
     scores.check()
     base = scores.found["float" if how == "quantized" else "quantized"]
@@ -169,13 +208,68 @@ def sensitivity(
     ]
     ranked = sorted(rows, key=lambda row: -row.cost)
     return SensitivityReport(
-        f"{type(prepared).__bases__[0].__name__} at {config_of(prepared)}",
+        title_of(prepared),
         how,
         lower_is_better,
         scores.found["float"],
         scores.found["quantized"],
         tuple(row for row in ranked if row.kind == "layer"),
         tuple(row for row in ranked if row.kind == "kind"),
+        scores.replay.note(),
+    )
+
+
+def _by_gradient(
+    prepared: nn.Module,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+    batches: Iterable[Any] | None,
+    progress: bool,
+) -> SensitivityReport:
+    given = list(batches or ())
+    if loss is None or not given:
+        raise InspectError(
+            "sensitivity: how='gradient' needs loss=, a function (model, batch), and batches=, one or more of them."
+        )
+
+    def mean_loss(batch: Any, name: str) -> Tensor:
+        value = loss(prepared, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value)):
+            raise InspectError(f"sensitivity: loss gives {value!r} for the {name} model. Expected one finite number.")
+        return value
+
+    with keeping_modes(prepared), progress_bar(progress, 2 * len(given), "sensitivity") as advance:
+        prepared.eval()
+        quantized = 0.0
+        for batch in given:  # first: it may be what makes the quantizers
+            with torch.no_grad():
+                quantized += float(mean_loss(batch, "quantized")) / len(given)
+            advance()
+        layers, total = _layers(prepared), 0.0
+        if not layers:
+            raise InspectError(NONE_ACTIVE)
+        measured = LossChanges(prepared, layers)
+        wanted = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
+        with _only(prepared, set()), measured.measuring():
+            for batch in given:
+                with torch.enable_grad():
+                    value = mean_loss(batch, "float")
+                    if not value.requires_grad:
+                        raise InspectError("sensitivity: loss returned a number without a gradient.")
+                    torch.autograd.grad(value, wanted, allow_unused=True)
+                total += float(value) / len(given)
+                advance()
+    costs = {name: change / len(given) for name, change in measured.changes.items()}
+    missing = [name or "the model" for name in layers if name not in costs]
+    rows = [LayerSensitivity(name, "layer", total + cost, cost, len(layers[name])) for name, cost in costs.items()]
+    return SensitivityReport(
+        title_of(prepared),
+        "gradient",
+        True,
+        total,
+        quantized,
+        tuple(sorted(rows, key=lambda row: -row.cost)),
+        (),
+        f"not ranked, without a gradient, with state or Python: {', '.join(missing)}" if missing else "",
     )
 
 
@@ -185,19 +279,35 @@ class _Scores:
     A score that is not finite is not kept; `check` names those.
     """
 
-    def __init__(self, prepared: nn.Module, evaluate: Callable[[nn.Module], float], path: Path | None) -> None:
-        self.prepared, self.evaluate, self.path = prepared, evaluate, path
+    def __init__(
+        self, prepared: nn.Module, evaluate: Callable[[nn.Module], float], path: Path | None, replay: Replay
+    ) -> None:
+        self.prepared, self.evaluate, self.path, self.replay = prepared, evaluate, path, replay
         self.key = {"format": FORMAT, "config": str(config_of(prepared)), "weights": _fingerprint(prepared)}
         self.found: dict[str, float] = {} if path is None else _read(path, self.key)
         self.bad: dict[str, float] = {}
 
-    def take(self, name: str, chosen: set[int] | None) -> None:
-        """Evaluate with the chosen quantizers alone switched on; None for all that are on."""
-        if name in self.found:
+    def take(
+        self,
+        name: str,
+        chosen: set[int] | None,
+        changed: Sequence[nn.Module] = (),
+        base_of: Sequence[Sequence[nn.Module]] = (),
+    ) -> None:
+        """Evaluate with the chosen quantizers alone switched on; None for all that are on.
+
+        `changed` are those that are switched otherwise than in the base, whose activations are kept. `base_of` makes
+        this the base: of evaluations that each change some quantizers.
+        """
+        if name in self.found and not base_of:
             return
+
+        def evaluate() -> float:
+            return score_of(self.evaluate, self.prepared, name)
+
         versions = [p._version for p in self.prepared.parameters()]
-        with _only(self.prepared, chosen):
-            score = score_of(self.evaluate, self.prepared, name)
+        with _only(self.prepared, chosen), self.replay.until(changed) if changed else contextlib.nullcontext():
+            score = self.replay.keep(evaluate, base_of) if base_of else evaluate()
         if chosen is not None and [p._version for p in self.prepared.parameters()] != versions:
             raise InspectError("sensitivity: evaluate changed the weights. Expected a function that only evaluates.")
         if not math.isfinite(score):
@@ -239,7 +349,7 @@ def score_of(evaluate: Callable[[nn.Module], float], model: nn.Module, name: str
             f"{asked}: evaluate divided by zero for {name!r}. Expected a number; does its loader hold any data? A "
             f"generator that was gone through before is empty."
         ) from error
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
+    if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     try:
         if isinstance(value, (str, bytes)):

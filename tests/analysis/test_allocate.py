@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import itertools
 import json
 import math
@@ -170,7 +171,7 @@ def test_a_text_that_is_no_budget(text):
 
 
 def test_budgets_of_time_and_of_nothing():
-    with pytest.raises(ConfigError, match="No budget of time is offered"):
+    with pytest.raises(ConfigError, match="share of the float model's"):
         budget_bytes("3 ms", 100, 0, 100)
     with pytest.raises(ConfigError, match="above 0"):
         budget_bytes("0 bits", 100, 0, 100)
@@ -250,3 +251,33 @@ def test_sparse_weights_keep_their_pattern_and_scheme():
     layers = qgraph.inspect(mixed).layers
     assert weight_bytes(mixed) == found.stored <= found.limit
     assert all(str(layer.sparsity) == "2:4" and layer.weight.scheme == "linear" for layer in layers)
+
+
+def test_a_budget_of_latency():
+    model, x = net(), torch.randn(2, 16)
+    prepared = qgraph.prepare(model, "W8", x)
+    specs = [q.spec for q in quantizer_modules(prepared)]
+    plan = functools.partial(qgraph.allocation, prepared, evaluate=distance(model, x), lower_is_better=True)
+    found = plan("50x latency", example_inputs=(x,), candidates=(2, 4, 8))
+    assert {layer.bits for layer in found.layers} == {8} and found.limit is None
+    assert found.latency is not None and 0 < found.latency <= found.latency_limit == 50
+    assert all(time > 0 for layer in found.layers for time in layer.milliseconds.values())
+    assert "the float model's latency, allowed 50x" in str(found) and json.loads(json.dumps(found.to_dict()))["latency"]
+    assert specs == [q.spec for q in quantizer_modules(prepared)] and prepared.training
+    with pytest.raises(ConfigError, match=r"the fastest candidate.*4 bits \d+\.\d\dx, 8 bits .*Raise the budget"):
+        plan("0.00001x latency", example_inputs=(x,), candidates=(4, 8))
+    with pytest.raises(ConfigError, match="needs example_inputs="):
+        plan("0.5x latency")
+
+
+def test_one_width_where_no_mixture_is_better():
+    model, x = net(), torch.randn(64, 16)
+    prepared = qgraph.prepare(model, "W8@tensor", x[:2])
+    evaluate = distance(model, x)
+    size = weight_bytes(qgraph.prepare(model, "W3@tensor", x[:2]))
+    found = qgraph.allocation(
+        prepared, f"{8 * (size + 0.5) / sum(p.numel() for p in model.parameters() if p.dim() > 1)} bits", evaluate,
+        lower_is_better=True,
+    )  # fmt: skip
+    mixed, uniform = (qgraph.prepare(model, config, x[:2]) for config in (found.config, "W3@tensor"))
+    assert evaluate(mixed) <= evaluate(uniform) and (not found.uniform or found.stored == size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -102,10 +103,11 @@ def test_a_stopped_run_goes_on(tmp_path):
 
     before = switches(prepared)
     with pytest.raises(KeyboardInterrupt):
-        qgraph.sensitivity(prepared, counted(4), resume=path)
+        qgraph.sensitivity(prepared, counted(5), resume=path)
     assert switches(prepared) == before and len(json.loads(path.read_text())["scores"]) == 4
     found = qgraph.sensitivity(prepared, counted(100), resume=path)
-    assert len(calls) == 2 + 3 + 2 and found == qgraph.sensitivity(prepared, evaluate)
+    # Twice the base, to keep its activations and to see that they are right.
+    assert len(calls) == 2 + 3 + 2 + 1 + 2 and found == qgraph.sensitivity(prepared, evaluate)
     assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
     other = qgraph.prepare(model, "A4W3", inputs)
     with pytest.raises(InspectError, match=r"scores\.json belongs to another model: its config differ"):
@@ -178,3 +180,56 @@ def test_wrong_use_is_said():
     qgraph.set_enabled(prepared, False)
     with pytest.raises(InspectError, match="no quantizer of the model is active"):
         qgraph.sensitivity(prepared, lambda m: 1.0)
+
+
+def test_the_gradient_ranks_as_evaluations_do():
+    from sklearn.datasets import load_digits
+    from torch import nn
+
+    digits = load_digits()
+    x, y = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16, torch.tensor(digits.target)
+    model = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(64, 64), nn.ReLU())), nn.Linear(64, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for i in range(200):
+        optimizer.zero_grad()
+        rows = slice(i * 64 % 1024, i * 64 % 1024 + 64)
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    prepared = qgraph.prepare(model, "A8W6", x[:2])
+    before = switches(prepared)
+
+    def loss(m, batch):
+        return F.cross_entropy(m(batch[0]), batch[1])
+
+    def evaluate(m):
+        with torch.no_grad():
+            return loss(m.eval(), (x[1024:1324], y[1024:1324]))
+
+    batches = ((x[i : i + 50], y[i : i + 50]) for i in range(1024, 1324, 50))
+    real = qgraph.sensitivity(prepared, evaluate, lower_is_better=True)
+    found = qgraph.sensitivity(prepared, how="gradient", loss=loss, batches=batches)
+    costs = {row.name: row.cost for row in real.layers}
+    for row in found.layers:
+        assert row.cost == pytest.approx(costs[row.name], rel=0.1, abs=0.05 * max(costs.values())), row.name
+    assert found.float_score == pytest.approx(real.float_score, rel=1e-5)
+    assert found.quantized_score == pytest.approx(real.quantized_score, rel=1e-5)
+    assert switches(prepared) == before and prepared.training and found.lower_is_better and not found.cached
+    assert all(parameter.grad is None for parameter in prepared.parameters())
+
+
+def test_wrong_use_of_the_gradient_is_said():
+    model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
+    prepared = qgraph.prepare(model, "W2", inputs)
+    gradient = functools.partial(qgraph.sensitivity, prepared, how="gradient", batches=[inputs])
+    with pytest.raises(InspectError, match="needs evaluate"):
+        qgraph.sensitivity(prepared)
+    with pytest.raises(InspectError, match=r"needs loss=.* and batches="):
+        gradient()
+    with pytest.raises(InspectError, match=r"needs loss=.* and batches="):
+        gradient(loss=lambda m, b: m(*b).sum(), batches=[])
+    with pytest.raises(InspectError, match=r"loss gives nan|loss gives tensor\(nan"):
+        gradient(loss=lambda m, b: m(*b).sum() * math.nan)
+    with pytest.raises(InspectError, match="Expected one finite number"):
+        gradient(loss=lambda m, b: m(*b))
+    with pytest.raises(InspectError, match="without a gradient"):
+        gradient(loss=lambda m, b: m(*b).sum().detach())

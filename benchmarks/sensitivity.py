@@ -1,0 +1,142 @@
+"""What `qgraph.sensitivity` costs with activations kept, over evaluations in full, and how well the gradient ranks.
+
+Run: python -m benchmarks.sensitivity --json benchmarks/results/sensitivity.json      (six minutes)
+
+Cost: GPT and ResNet-18, in turns, over the same batches of random data, under torch.no_grad; both must find the same
+scores. Ranks: Spearman's correlation of how="gradient" with evaluations of each layer, on the trained models of
+`qgraph demo` and 300 images held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import qgraph
+from benchmarks.allocate import HELD_OUT, scores, train
+from benchmarks.training_models import MODELS
+from qgraph.demo import MODELS as DEMO
+from qgraph.demo import _digits
+
+RANKED = ("W4", "W2", "A4W2", "A2W2")
+CONFIGS = {"gpt": "A8W4@128", "resnet18": "A4W2"}
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=4, help="of a batch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [
+        measure(name, how, options.batches, options.rows, options.rounds)
+        for name in MODELS
+        for how in ("quantized", "float")
+    ]
+    table = Table("model", "config", "how", "layers", "one evaluation s", "full s", "kept s", "kept / full", "kept")
+    for row in rows:
+        table.add_row(
+            row["model"], row["config"], row["how"], str(row["layers"]), f"{row['evaluation']:.2f}",
+            f"{row['full']:.2f}", f"{row['kept']:.2f}", f"{row['kept'] / row['full']:.2f}", row["cached"],
+        )  # fmt: skip
+    Console(width=160).print(table)
+    ranks = [rank(name, seed) for name in DEMO for seed in options.seeds]
+    table = Table("model", "seed", "layers", *RANKED)
+    for row in ranks:
+        table.add_row(
+            row["model"], str(row["seed"]), str(row["layers"]), *(f"{row['spearman'][config]:.2f}" for config in RANKED)
+        )
+    Console(width=160).print(table)
+    if options.json:
+        conditions = {
+            "command": " ".join(["python", *sys.argv]),
+            "torch": torch.__version__,
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": 1,
+        }
+        options.json.write_text(json.dumps({"conditions": conditions, "rows": rows, "ranks": ranks}, indent=1) + "\n")
+
+
+def measure(name: str, how: Any, count: int, rows: int, rounds: int) -> dict[str, Any]:
+    """Medians of rankings in turns."""
+    model, x, y = MODELS[name]()
+    batches = [(x[i : i + rows], y[i : i + rows]) for i in torch.randint(0, len(x) - rows, (count,)).tolist()]
+    prepared = qgraph.prepare(model, CONFIGS[name], batches[0][0])
+
+    @torch.no_grad()
+    def evaluate(candidate: nn.Module) -> float:
+        candidate.eval()
+        return sum(float(loss(candidate(inputs), targets)) for inputs, targets in batches) / count
+
+    evaluate(prepared)
+    seconds: dict[int, list[float]] = {0: [], 1 << 30: []}
+    single, scores, found = [], set(), None
+    for _ in range(rounds):
+        started = time.perf_counter()
+        evaluate(prepared)
+        single.append(time.perf_counter() - started)
+        for cache, times in seconds.items():
+            started = time.perf_counter()
+            found = qgraph.sensitivity(
+                prepared, evaluate, how=how, lower_is_better=True, cache_bytes=cache, progress=False
+            )
+            times.append(time.perf_counter() - started)
+            scores.add(tuple((row.name, row.score) for row in found.layers))
+    assert found is not None and len(scores) == 1, "kept activations gave other scores"
+    full, kept = (statistics.median(times) for times in seconds.values())
+    return {
+        "model": name, "config": CONFIGS[name], "how": how, "layers": len(found.layers), "full": full, "kept": kept,
+        "evaluation": statistics.median(single), "cached": found.cached,
+    }  # fmt: skip
+
+
+def rank(name: str, seed: int) -> dict[str, Any]:
+    """How the gradient ranks the layers of one trained model, at several configs."""
+    data = _digits(seed)
+    held, held_y = data.train_x[:HELD_OUT], data.train_y[:HELD_OUT]
+    torch.manual_seed(seed)
+    model = DEMO[name]()
+    train(model, data.train_x[HELD_OUT:], data.train_y[HELD_OUT:], 6, 2e-3, seed)
+    batches = [(held[i : i + 50], held_y[i : i + 50]) for i in range(0, HELD_OUT, 50)]
+    found: dict[str, float] = {}
+    layers: tuple[Any, ...] = ()
+    for config in RANKED:
+        prepared = qgraph.prepare(model, config, held[:2])
+        real = qgraph.sensitivity(
+            prepared, lambda candidate: scores(candidate, held, held_y)[0], lower_is_better=True, progress=False
+        )
+        proxy = qgraph.sensitivity(
+            prepared, how="gradient", loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]), batches=batches, progress=False
+        )
+        costs = {row.name: row.cost for row in proxy.layers}
+        layers = real.layers
+        found[config] = float(spearmanr([row.cost for row in layers], [costs[row.name] for row in layers]).statistic)
+    return {"model": name, "seed": seed, "layers": len(layers), "spearman": found}
+
+
+def loss(output: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy over the last dimension."""
+    return F.cross_entropy(output.flatten(0, -2), targets.flatten())
+
+
+if __name__ == "__main__":
+    main()
