@@ -60,5 +60,5 @@ $(STAMP): pyproject.toml constraints.txt
 	  "$(TORCH) is on no configured index: pass TORCH_INDEX=<PyTorch's index of $(TORCH_BUILD) builds>," \
 	  "or TORCH_BUILD= for the plain release."; exit 1; }
 	$(BIN)/pip install --quiet "setuptools>=77.0.3" wheel
-	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[demo,test,lint]"
+	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[demo,test,lint,runtimes]"
 	touch $@
