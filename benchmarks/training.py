@@ -203,8 +203,8 @@ def measure_peers(name: str, options: argparse.Namespace) -> list[dict[str, Any]
     return found
 
 
-def environment(folder: Path, package: str) -> tuple[Path, str | None]:
-    """The Python of an environment that holds a package beside this torch, and why there is none."""
+def environment(folder: Path, *packages: str) -> tuple[Path, str | None]:
+    """The Python of an environment that holds packages beside this torch, and why there is none."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -212,7 +212,7 @@ def environment(folder: Path, package: str) -> tuple[Path, str | None]:
         (site / "torch_of_the_benchmark.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
     constraint = folder / "constraints.txt"
     constraint.write_text(f"torch=={torch.__version__}\n")
-    command = [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraint), package]
+    command = [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraint), *packages]
     done = subprocess.run(command, capture_output=True, text=True)
     return python, done.stderr.strip().splitlines()[-1] if done.returncode else None
 

@@ -49,11 +49,11 @@ def brevitas_both(model: nn.Module) -> nn.Module:
     return _brevitas(model, activations=True)
 
 
-def _brevitas(model: nn.Module, activations: bool) -> nn.Module:
+def _brevitas(model: nn.Module, activations: bool, bits: int = 4) -> nn.Module:
     import brevitas.nn as qnn
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
 
-    options = {"weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": 4}
+    options = {"weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": bits}
     if activations:
         options["input_quant"] = Int8ActPerTensorFloat
     for parent in list(model.modules()):

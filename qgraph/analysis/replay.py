@@ -7,6 +7,7 @@ and no buffer, draws nothing at random, and nobody changes its output later.
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 import time
 from collections import defaultdict
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 
 from qgraph.graph import STATE
@@ -33,6 +35,7 @@ class _Call:
     start: int
     end: int = 0
     inside: list[_Call] = field(default_factory=list)
+    watched: bool = False  # whether a module inside it has hooks, which have to run
     given: _Value | None = None  # the arguments of an outermost call
     output: _Value | None = None
 
@@ -107,10 +110,14 @@ class Replay:
         with self._recording():
             score = evaluate()
         if self._roots and units:
-            with self.until(max(units, key=self._first_use)):
-                again = evaluate()
-            if again != score:
-                self.clear(f"with them given back evaluate found {again} for {score}")
+            try:
+                with self.until(max(units, key=self._first_use)):
+                    again = evaluate()
+            except Exception as error:  # it looks at what the model does inside
+                self.clear(f"with activations given back evaluate raised {type(error).__name__}: {error}")
+            else:
+                if again != score:
+                    self.clear(f"with activations given back evaluate found {again} for {score}")
         return score
 
     def note(self) -> str:
@@ -164,6 +171,9 @@ class Replay:
         call = _Call(path, self._tick())
         outermost = not self._stack
         (self._roots if outermost else self._stack[-1].inside).append(call)
+        if _has_hooks(self._modules[path]):
+            for around in self._stack:
+                around.watched = True
         with torch._C.DisableTorchFunction():  # the mode of a module that runs as Python must not see this
             given, buffers = _Value.of((args, kwargs)), _versions(self._modules[path])
             random = _random_state() if outermost else None
@@ -184,7 +194,12 @@ class Replay:
                 call.given = given if outermost else None
                 # A child without tensors may make a weight, whose origin the Python around it has to see.
                 computed = given is not None and next(given.tensors(), None) is not None and given.untouched()
-                if computed and _versions(self._modules[path]) == buffers and path not in self._dropped:
+                if (
+                    computed
+                    and not call.watched
+                    and _versions(self._modules[path]) == buffers
+                    and path not in self._dropped
+                ):
                     call.output = self._kept(path, result)
         return result
 
@@ -255,7 +270,12 @@ class _Forward:
         self.call, self.path, self.forward = call, path, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.forward(*args, **kwargs)
         return self.call(self.path, self.forward, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.forward, memo)  # a copy of the model is no part of this
 
 
 class _Run:
@@ -313,6 +333,10 @@ def _cut(root: _Call, holders: set[str]) -> int:
 
 def _is_followed(path: str, module: nn.Module) -> bool:
     return "qgraph" not in path.split(".") and (STATE in module.__dict__ or (_is_torch(module) and not module._modules))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module_hooks._global_forward_hooks)
 
 
 def _is_torch(module: nn.Module) -> bool:

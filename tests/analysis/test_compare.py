@@ -216,3 +216,15 @@ def test_a_comparison_is_drawn(kind, tmp_path):
         found.plot(tmp_path / "layers.txt")
     with pytest.raises(InspectError, match="its folder does not exist"):
         found.plot(tmp_path / "none" / "layers.png")
+
+
+def test_a_frozen_model_is_the_prepared_one():
+    torch.manual_seed(0)
+    model, x = CNN(), torch.randn(2, 3, 16, 16)
+    prepared = qgraph.prepare(model, "A8W4", x).eval()
+    with torch.no_grad():
+        prepared(x)
+    frozen = qgraph.freeze(prepared)
+    found = qgraph.compare(prepared, frozen, x)
+    assert found.worst.snr_db > 100 and not found.only_a and not found.only_b
+    assert qgraph.compare(model, frozen, x).first_drop(60) is not None

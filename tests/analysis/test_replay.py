@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgraph
+from qgraph.runtime import session_for
 from tests.models import CASES, GPT, ResNet
 from tests.zoo.checks import leaves
 from tests.zoo.generator import built, samples
@@ -141,6 +142,48 @@ def test_a_score_that_changes_from_run_to_run_is_noticed():
             return float(model.eval()(x).sum()) + len(runs)
 
     assert "in full" in scores(prepared, evaluate)[1]
+
+
+def small():
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    return qgraph.prepare(nn.Sequential(inner, nn.Linear(8, 8), nn.Linear(8, 4)), "W2", x), x
+
+
+def test_hooks_of_evaluate_see_every_call():
+    prepared, x = small()
+    calls = []
+
+    def evaluate(model):
+        seen = []
+        handle = model[0][0].register_forward_hook(lambda module, args, output: seen.append(output))
+        with torch.no_grad():
+            result = model.eval()(x)
+        handle.remove()
+        calls.append(len(seen))
+        return float(result.sum() + seen[0].sum())
+
+    full, _ = scores(prepared, evaluate, cache_bytes=0)
+    kept, cached = scores(prepared, evaluate)
+    assert kept == full and set(calls) == {1} and "were kept" in cached
+
+
+@pytest.mark.parametrize("form", ["copied", "compiled", "exported"])
+def test_an_evaluate_that_makes_something_of_the_model(form, tmp_path):
+    prepared, x = small()
+
+    def evaluate(model):
+        if form == "exported":
+            qgraph.export(model, tmp_path / "a.onnx", (x,), progress=False)
+            session = session_for(tmp_path / "a.onnx")
+            return float(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0].sum())
+        made = copy.deepcopy(model) if form == "copied" else torch.compile(model, backend="eager")
+        with torch.no_grad():
+            return float(made.eval()(x).sum())
+
+    prepared.eval()
+    assert scores(prepared, evaluate)[0] == scores(prepared, evaluate, cache_bytes=0)[0]
 
 
 class Writes(nn.Module):
