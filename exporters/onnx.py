@@ -88,10 +88,11 @@ def export(
         Store weights as a runtime holds them once it has loaded a packed file (the 4-bit codes of a kernel, int8, or
         float): a larger file, which loads without unpacking. The report gives both sizes.
     optimize_for : {"latency", "throughput", "size"}, optional
-        Of target "ort": which of two faithful forms a Linear layer takes, onnxruntime's low-bit kernel or a float
-        product with the weight unpacked at load. "latency" takes the one that is faster at the example's sizes,
-        "throughput" at 256 rows or more, both by a table that benchmarks/forms.py measured; "size" the kernel, which
-        needs least memory. Left out, the kernel too, and the report names the layers where it is the slower one.
+        Of target "ort": which of its faithful forms a Linear layer takes: onnxruntime's low-bit kernel, a float
+        product with the weight unpacked at load, or, of activations with a scale a row, an integer product.
+        "latency" takes the one that is faster at the example's sizes, "throughput" at 256 rows or more, by what
+        benchmarks/forms.py and benchmarks/integers.py measured; "size" the kernel, which needs least memory. Left out,
+        the kernel too, and the report names the layers where it is the slower one.
     verify : bool
         Run the file in onnxruntime, with and without its optimizer, and compare with the model.
     progress : bool

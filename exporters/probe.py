@@ -58,9 +58,10 @@ class Probed:
 def add_probe_outputs(model: ir.Model, records: Sequence[ActivationRecord], layers: Mapping[str, ir.Value]) -> None:
     """Make intermediate values outputs of `model`, in place, behind its own."""
     graph = model.graph
-    wanted = {value.name for record in records for value in (record.before, record.after) if value is not None}
+    seen = [value for r in records for value in (r.before, r.after, r.factor, r.offset) if value is not None]
+    wanted = {value.name for value in seen}
     wanted |= {value.name for value in layers.values() if value.name}
-    codes = {record.after.name for record in records if record.scale is not None}
+    codes = {record.after.name for record in records if record.has_codes}
     present = {value.name for value in graph.outputs}
     for node in graph:
         for value in node.outputs:
@@ -175,9 +176,16 @@ class _Quantizer:
     def _after(self, record: ActivationRecord, dtype: torch.dtype) -> Tensor:
         """The quantized value in the file; codes are dequantized."""
         value = torch.from_numpy(self.values[record.after.name])
-        if record.scale is not None:
-            value = (value.float() - record.zero_point) * torch.tensor(record.scale)
+        if record.has_codes:
+            factor = torch.tensor(record.scale) if record.factor is None else self._value(record.factor)
+            value = (value.float() - record.zero_point) * factor
+        if record.offset is not None:
+            value = value + self._value(record.offset)
         return value.to(dtype)
+
+    def _value(self, value: ir.Value) -> Tensor:
+        assert value.name is not None
+        return torch.from_numpy(self.values[value.name])
 
     def _length(self, x: Tensor) -> int:
         """How many values share one scale."""

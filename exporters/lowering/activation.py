@@ -9,6 +9,7 @@ What one group is comes from `grouping.py`; one small function per method and sc
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -59,6 +60,47 @@ def lower_activation(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: s
         y = b.cast(y, x.dtype, name=f"{name}/narrow")
     y.type, y.shape = ir.TensorType(x.dtype or ir.DataType.FLOAT), x.shape
     return y
+
+
+@dataclass(frozen=True, slots=True)
+class RowCodes:
+    """A dynamic activation as uint8 codes up to `top`: ``scale (code - zero_point) + offset``, both (..., 1)."""
+
+    value: ir.Value
+    scale: ir.Value
+    offset: ir.Value | None
+    zero_point: int
+    top: int
+
+
+def has_row_codes(form: ActivationForm, x: ir.Value) -> bool:
+    """Whether `lower_to_codes` takes an activation: one scale a row of its last dimension, found from the values."""
+    known = x.shape is not None and len(x.shape) > 1 and x.dtype in (None, ir.DataType.FLOAT)
+    whole = form.groups.kind == "token" and form.groups.block is None
+    return known and whole and form.fixed is None and form.spec.method in ("ddt", "ste")
+
+
+def lower_to_codes(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: str) -> RowCodes:
+    """The same quantizer as `lower_activation`, before its result is made of codes, scale and offset."""
+    m, spec = GroupMath(b, name, [-1]), form.spec
+    bottom, top = int(spec.levels[0]), int(spec.levels[1] - spec.levels[0])
+    if spec.scheme == "affine":
+        q, scale, low = _affine_codes(m, x, spec)
+        zero = (top + 1) // 2
+        if spec.method == "ddt":
+            mean = m.mean(q)
+            scale = _slope(m, x, m.sub(q, mean), spec)
+            offset = m.sub(m.mean(x), m.mul(scale, m.sub(mean, m.scalar(zero))))
+        else:
+            offset = m.add(low, m.mul(scale, m.scalar(zero)))
+    else:
+        scale, zero, offset = _linear_scale(m, x, spec), -bottom, None
+        q = _linear_round(m, m.div(x, _nonzero(m, scale)), spec)
+        scale = _slope(m, x, q, spec) if spec.method == "ddt" else scale
+        q = m.add(q, m.scalar(-bottom))
+    codes = b.cast(q, ir.DataType.UINT8, name=f"{name}/codes")
+    codes.shape = x.shape
+    return RowCodes(codes, scale, offset, zero, top)
 
 
 def ddt_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:

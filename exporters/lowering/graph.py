@@ -18,6 +18,7 @@ from qgraph.errors import ExportError
 from qgraph.exporters.lowering import qdq
 from qgraph.exporters.lowering.activation import lower_activation
 from qgraph.exporters.lowering.builder import GraphBuilder
+from qgraph.exporters.lowering.dynamic import Dynamics
 from qgraph.exporters.lowering.linear import (
     EXACT,
     block_sums,
@@ -94,6 +95,7 @@ class _Lowering:
         self.gathered: set[bytes] = set()
         self.multiplied: set[bytes] = set()
         self.statics = Statics(self)
+        self.dynamics = Dynamics(self)
 
     def run(self) -> Lowered:
         self._find_uses()
@@ -205,7 +207,7 @@ class _Lowering:
         assert x is not None
         if not out.uses() and out not in self.graph.outputs:
             return
-        form = self._form(site)
+        form = self.form(site)
         if form.fixed is not None:
             self.replace(out, self.statics.pair_of(node) if self.target == "qdq" else self.statics.float_of(node))
             return
@@ -214,14 +216,16 @@ class _Lowering:
             with self.b.before(node):
                 self.quantized[key] = lower_activation(self.b, x, form, site)
         y = self.quantized[key]
-        self.note(node, ActivationRecord(site, x, y))
+        if node not in self.dynamics.codes:
+            self.note(node, ActivationRecord(site, x, y))
         self.replace(out, y)
 
     def note(self, node: ir.Node, record: ActivationRecord) -> None:
         """Keep what became of an activation. A site called twice is told apart by the order in the traced graph."""
         self.activations.append((self.places[node], record))
 
-    def _form(self, site: str) -> ActivationForm:
+    def form(self, site: str) -> ActivationForm:
+        """What a site's quantizer computes."""
         form = self.collected.activations.get(site)
         if form is None:
             raise _unknown(site)
@@ -244,7 +248,7 @@ class _Lowering:
             with self.b.before(node):
                 y = emit_gather_rows(self.b, packed, name, indices)
                 y = self._as(y, node.outputs[0].dtype, name)
-            self._done(node, y, record, "Gather", f"packed rows, {record.packed.format}")
+            self.done(node, y, record, "Gather", f"packed rows, {record.packed.format}")
 
         return emit
 
@@ -269,7 +273,7 @@ class _Lowering:
         node, x, axis, bias = product
         maker = x.producer()
         site = _site(maker) if maker is not None and maker.domain == DOMAIN and maker.op_type == "Activation" else None
-        form = self._form(site) if site is not None else None
+        form = self.form(site) if site is not None else None
         if node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
             record.notes.append(f"plain {node.op_type}: the model computes in {node.outputs[0].dtype}")
             return None
@@ -292,15 +296,16 @@ class _Lowering:
                 y = emit_kernel(self.b, record.packed, axis, kernel, x, sums, name)
                 if bias is not None:
                     y = self.b.op("Add", [y, bias], name=f"{name}/bias")
-            self._done(node, y, record, node.op_type, str(kernel))
+            self.done(node, y, record, node.op_type, str(kernel))
 
         return emit
 
     def integer(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
-        """A product in integers, of a static activation."""
+        """A product in integers, of a static activation, or where speed is asked for of one with a scale a row."""
         if self.target == "qdq":
             return None
-        return self.statics.product(use, record) or self.statics.convolution(use, record)
+        static = self.statics.product(use, record) or self.statics.convolution(use, record)
+        return static or (self.dynamics.product(use, record) if self.options.by_speed else None)
 
     def _sums(self, x: ir.Value, packed: PackedWeight, inputs: int, name: str) -> ir.Value | None:
         if not has_zero_points(packed):
@@ -328,7 +333,8 @@ class _Lowering:
     def _as(self, value: ir.Value, dtype: ir.DataType | None, name: str) -> ir.Value:
         return value if dtype in (None, ir.DataType.FLOAT) else self.b.cast(value, dtype, name=f"{name}/cast")
 
-    def _done(self, node: ir.Node, y: ir.Value, record: WeightRecord, op: str, form: str) -> None:
+    def done(self, node: ir.Node, y: ir.Value, record: WeightRecord, op: str, form: str) -> None:
+        """`y` in the place of the result of a node, which goes."""
         record.ops.append(op)
         record.forms.append(form)
         out = node.outputs[0]

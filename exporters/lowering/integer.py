@@ -1,6 +1,6 @@
-"""Products of a static 8-bit activation with a packed weight, in integers: Linear, matmul and convolution.
+"""Products of an activation's codes with a packed weight, in integers: Linear, matmul and convolution.
 
-Codes of an activation are uint8 here whatever its scheme, u = code - lowest level, so with a zero point z:
+Codes of a static activation are uint8 here whatever its scheme, u = code - lowest level, so with a zero point z:
 
     x = s_x (u - z)        y = s_x s_w (sum_k (u - z) w)        w = code - c, c the middle of the levels
 
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.exporters.lowering.activation import RowCodes
 from qgraph.exporters.lowering.builder import MICROSOFT, GraphBuilder
 from qgraph.exporters.packing import PackedWeight, emit_codes, emit_scale, emit_zero_point
 from qgraph.exporters.packing.emit import group_runs
@@ -176,20 +177,81 @@ def emit_product(
         y = b.op("Mul", [y, b.op("Mul", [scale, x_scale], name=f"{name}/scale")], name=f"{name}/scaled")
         if bias is not None:
             y = b.op("Add", [y, bias], name=f"{name}/bias")
-    return _corrected(b, y, x, packed, scale, name) if has_zeros else y
+    return _corrected(b, y, x, packed, axis, scale, name) if has_zeros else y
 
 
-def _corrected(b: GraphBuilder, y: ir.Value, x: Codes, packed: PackedWeight, scale: ir.Value, name: str) -> ir.Value:
+def _corrected(
+    b: GraphBuilder, y: ir.Value, x: Codes, packed: PackedWeight, axis: int, scale: ir.Value, name: str
+) -> ir.Value:
     """Plus `s_x s_w (c - z_w)` times the sum of a row, which a column of ones gives."""
-    length = packed.numel // packed.shape[packed.groups.axis if packed.groups.kind == "channel" else 0]
-    ones = b.constant(np.ones((length, 1), np.int8), "ones")
-    sums = b.op("MatMulInteger", [x.value, ones, _byte(b, x.zero_point)], name=f"{name}/sums")
-    sums = b.cast(sums, ir.DataType.FLOAT, name=f"{name}/sums")
-    zero = b.reshape(emit_zero_point(b, packed, name), [-1], name=f"{name}/shift")
-    shift = b.op("Sub", [b.constant(np.asarray(middle(packed), np.float32), "scalar"), zero], name=f"{name}/shift")
-    factor = b.op("Mul", [shift, scale], name=f"{name}/shift")
+    sums = _row_sums(b, x.value, _byte(b, x.zero_point), packed, axis, name)
+    factor = _shift(b, packed, scale, name)
     factor = b.op("Mul", [factor, b.constant(np.asarray(x.scale, np.float32), "scalar")], name=f"{name}/shift")
     return b.op("Add", [y, b.op("Mul", [sums, factor], name=f"{name}/correction")], name=f"{name}/corrected")
+
+
+def emit_row_product(
+    b: GraphBuilder, x: RowCodes, packed: PackedWeight, axis: int, name: str, bias: ir.Value | None
+) -> ir.Value:
+    """The product of rows with a scale and an offset of their own, (..., values), with the weight.
+
+    With weight w_jk = s_j (C_jk + d_j) of whole C, and x_k = a u_k + o of whole u:
+
+        y_j = a s_j sum_k u_k C_jk  +  a (sum_k u_k) s_j d_j  +  o sum_k w_jk
+
+    Parameters
+    ----------
+    bias : ir.Value, shape (outputs,), optional
+    """
+    codes, zero = emit_weight_codes(b, packed, name, x.top)
+    matrix = emit_matrix(b, codes, packed, axis, name)
+    scale, x_zero = emit_row_scale(b, packed, name), _byte(b, x.zero_point)
+    shift = _shift(b, packed, scale, name) if packed.spec is not None and packed.spec.scheme == "affine" else None
+    y = b.op("MatMulInteger", [x.value, matrix, x_zero, zero], name=f"{name}/MatMulInteger")
+    y = b.op("Mul", [b.cast(y, ir.DataType.FLOAT, name=f"{name}/sum"), x.scale], name=f"{name}/scaled")
+    y = b.op("Mul", [y, scale], name=f"{name}/scaled")
+    if shift is not None:
+        sums = b.op("Mul", [_row_sums(b, x.value, x_zero, packed, axis, name), x.scale], name=f"{name}/sums")
+        y = b.op("Add", [y, b.op("Mul", [sums, shift], name=f"{name}/correction")], name=f"{name}/corrected")
+    if x.offset is not None:
+        columns = _column_sums(b, matrix, zero, packed, axis, scale, shift, name)
+        y = b.op("Add", [y, b.op("Mul", [x.offset, columns], name=f"{name}/offset")], name=f"{name}/corrected")
+    return y if bias is None else b.op("Add", [y, bias], name=f"{name}/bias")
+
+
+def _shift(b: GraphBuilder, packed: PackedWeight, scale: ir.Value, name: str) -> ir.Value:
+    """`s_w (c - z_w)`: what each value of a weight is beyond `s_w` times its whole code."""
+    zero = b.reshape(emit_zero_point(b, packed, name), [-1], name=f"{name}/shift")
+    shift = b.op("Sub", [b.constant(np.asarray(middle(packed), np.float32), "scalar"), zero], name=f"{name}/shift")
+    return b.op("Mul", [shift, scale], name=f"{name}/shift")
+
+
+def _row_sums(b: GraphBuilder, codes: ir.Value, zero: ir.Value, packed: PackedWeight, axis: int, name: str) -> ir.Value:
+    """Sums of rows of codes less their zero point, float32 (..., 1): a product with a column of ones."""
+    ones = b.constant(np.ones((packed.numel // packed.shape[axis], 1), np.int8), "ones")
+    sums = b.op("MatMulInteger", [codes, ones, zero], name=f"{name}/sums")
+    return b.cast(sums, ir.DataType.FLOAT, name=f"{name}/sums")
+
+
+def _column_sums(
+    b: GraphBuilder,
+    matrix: ir.Value,
+    zero: ir.Value,
+    packed: PackedWeight,
+    axis: int,
+    scale: ir.Value,
+    shift: ir.Value | None,
+    name: str,
+) -> ir.Value:
+    """Sums of the weight over what is contracted, (outputs,): known when the file is loaded."""
+    length = b.constant(np.asarray(packed.numel // packed.shape[axis], np.float32), "scalar")
+    whole = [b.cast(value, ir.DataType.FLOAT, name=f"{name}/columns") for value in (matrix, zero)]
+    total = b.op("Sub", whole, name=f"{name}/columns")
+    total = b.op("ReduceSum", [total, b.ints([0])], {"keepdims": 0}, name=f"{name}/columns")
+    total = b.op("Mul", [total, scale], name=f"{name}/columns")
+    if shift is None:
+        return total
+    return b.op("Add", [total, b.op("Mul", [shift, length], name=f"{name}/columns")], name=f"{name}/columns")
 
 
 @dataclass(frozen=True, slots=True)

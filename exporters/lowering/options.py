@@ -51,7 +51,7 @@ class Options:
 
     def slower(self, kernel: Kernel, packed: PackedWeight, x: ir.Value) -> str | None:
         """That a float product is faster than a kernel on `x`, where the table of `speeds` says so."""
-        rows = self._rows(x)
+        rows = self.rows(x)
         found = None
         if rows is not None and self.optimize_for != "size":
             key = key_of(kernel.bits, kernel.accuracy == INT8, has_zero_points(packed))
@@ -63,7 +63,7 @@ class Options:
             "FP32's speed)"
         )
 
-    def _rows(self, x: ir.Value) -> int | None:
+    def rows(self, x: ir.Value) -> int | None:
         """Rows of a left operand: the example's, or many for throughput; None where the graph does not say."""
         sizes = [] if x.shape is None else [_size(dim, self.sizes) for dim in list(x.shape)[:-1]]
         known = [size for size in sizes if size is not None]

@@ -33,7 +33,8 @@ class ActivationRecord:
     """What became of one quantized activation: the values before and after it in the file.
 
     Of a static one `after` are codes that stand for `scale * (code - zero_point)`; `before` is None where the file goes
-    from codes to codes; `tie` is how near, in codes, to the middle between two of them either may be taken.
+    from codes to codes; `tie` is how near, in codes, to the middle between two of them either may be taken. Of a
+    dynamic one that is multiplied in integers they stand for `factor * (code - zero_point) + offset`.
     """
 
     site: str
@@ -42,3 +43,10 @@ class ActivationRecord:
     scale: float | None = None
     zero_point: int = 0
     tie: float = 0.0
+    factor: ir.Value | None = None
+    offset: ir.Value | None = None
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether `after` are codes."""
+        return self.scale is not None or self.factor is not None
