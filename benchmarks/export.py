@@ -36,8 +36,8 @@ from qgraph.runtime import session_for, time_files
 
 HERE = Path(__file__).parent
 CONFIGS = {
-    "mlp": ["W8@128", "W4@128", "A8W4@128", "W2@128", "W1.58", "W1", "A8W1@128", "A8sW7"],
-    "gpt_block": ["W8@128", "W4@128", "A8W4@128", "W2@128", "W1.58", "W1", "A8W1@128", "A8sW7"],
+    "mlp": ["W8@128", "W4@128", "A8W4@128", "W2@128", "W1.58", "W1", "A8W1@128", "A8W4", "A4W1", "A8sW7"],
+    "gpt_block": ["W8@128", "W4@128", "A8W4@128", "W2@128", "W1.58", "W1", "A8W1@128", "A8W4", "A4W1", "A8sW7"],
     "resnet18": ["W8", "W4", "A8sW7", "W1.58", "W1"],
 }
 NEEDED = {"brevitas": ("onnxoptimizer",)}  # for its export
@@ -105,16 +105,19 @@ def ours(name: str, folder: Path) -> dict[tuple[str, str], Made]:
     """Target "ort", and one of "standard"."""
     found: dict[tuple[str, str], Made] = {}
     for config in CONFIGS[name]:
-        targets = ("ort", "standard") if config.startswith("W4") else ("ort",)
-        for target in targets:
+        rows = "@" not in config and config.startswith("A") and "s" not in config  # a scale a row: whole numbers
+        options: list[dict[str, Any]] = [{"target": "ort", "optimize_for": "latency"}] if rows else [{"target": "ort"}]
+        options += [{"target": "standard"}] if config.startswith("W4") else []
+        for chosen in options:
             model, x = build(name)
             prepared = qgraph.prepare(model, config, x).eval()
             if "s" in config:
                 qgraph.calibrate(prepared, [x], progress=False)
-            path = folder / f"{name}-{config}-{target}.onnx".replace(":", "_")
-            qgraph.export(prepared, path, (x,), target=target, progress=False)
+            text = ", ".join(chosen.values())
+            path = folder / f"{name}-{config}-{text.replace(', ', '-')}.onnx"
+            qgraph.export(prepared, path, (x,), progress=False, **chosen)
             with torch.no_grad():
-                found[f"qgraph, {target}", config] = (path, prepared(x).numpy())
+                found[f"qgraph, {text}", config] = (path, prepared(x).numpy())
     return found
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from qgraph.exporters.lowering.graph import _Lowering
 
 
+SMALLEST = 1 << 18  # weights below which corrections cost more than whole numbers save (benchmarks/integers.py)
+
+
 class Dynamics:
     """The dynamic activations of one graph that are multiplied in integers; codes are made on first demand."""
 
@@ -42,6 +45,8 @@ class Dynamics:
             return None
         bottom, top = form.spec.levels
         reason = why_not(record.packed, axis, int(top - bottom))
+        if record.packed.numel < SMALLEST:
+            reason = f"small (below {SMALLEST} weights)"
         if reason is None and not is_signed(record.packed, int(top - bottom)) and self.lowering.options.rows(x) != 1:
             reason = "8-bit weights that cannot be int8 pay at one row alone"
         if reason is not None:

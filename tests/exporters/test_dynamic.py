@@ -12,9 +12,15 @@ import torch
 from torch import nn
 
 import qgraph
+from qgraph.exporters.lowering import dynamic
 from tests.models import GPT
 
 RATIO = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch):
+    monkeypatch.setattr(dynamic, "SMALLEST", 0)
 
 
 def run(path, *inputs):
@@ -129,3 +135,10 @@ def test_what_stays_float(tmp_path):
         assert "Integer" not in report.layers[0].form
     _, report, _ = written(nn.Linear(80, 72), "A8W8", x[:1], tmp_path, dynamic_shapes={})
     assert report.layers[0].form == "MatMulInteger uint8 x uint8"
+
+
+def test_small_layers_stay_float(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic, "SMALLEST", 80 * 72 + 1)
+    _, report, _ = written(nn.Linear(80, 72), "A8W4", torch.randn(6, 80), tmp_path)
+    assert "Integer" not in report.layers[0].form
+    assert any("small (below 5761 weights)" in note for note in report.layers[0].notes)
