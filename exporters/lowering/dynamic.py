@@ -7,7 +7,7 @@ channel is one of whole numbers (`integer.emit_row_product`), which onnxruntime 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import onnx_ir as ir
 
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 SMALLEST = 1 << 18  # weights below which corrections cost more than whole numbers save (benchmarks/integers.py)
 
 
+class _Found(NamedTuple):
+    """A product of a dynamic activation, `maker`, and why it stays float, if it does."""
+
+    node: ir.Node
+    maker: ir.Node
+    axis: int
+    bias: ir.Value | None
+    reason: str | None
+
+
 class Dynamics:
     """The dynamic activations of one graph that are multiplied in integers; codes are made on first demand."""
 
@@ -33,22 +43,10 @@ class Dynamics:
 
     def product(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
         """Linear and matmul: MatMulInteger."""
-        found = as_product(use, record.packed.shape)
+        found = self._find(use, record)
         if found is None:
             return None
-        node, x, axis, bias = found
-        maker = x.producer()
-        if maker is None or maker.domain != DOMAIN or maker.op_type != "Activation":
-            return None
-        form, given = self.lowering.form(maker.attributes["site"].as_string()), maker.inputs[0]
-        if given is None or not has_row_codes(form, given) or node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
-            return None
-        bottom, top = form.spec.levels
-        reason = why_not(record.packed, axis, int(top - bottom))
-        if record.packed.numel < SMALLEST:
-            reason = f"small (below {SMALLEST} weights)"
-        if reason is None and not is_signed(record.packed, int(top - bottom)) and self.lowering.options.rows(x) != 1:
-            reason = "8-bit weights that cannot be int8 pay at one row alone"
+        node, maker, axis, bias, reason = found
         if reason is not None:
             record.notes.append(f"no integer {node.op_type}: {reason}")
             return None
@@ -61,6 +59,30 @@ class Dynamics:
             self.lowering.done(node, y, record, node.op_type, f"MatMulInteger uint8 x {kind}")
 
         return emit
+
+    def pays(self, use: Use, record: WeightRecord) -> bool:
+        """Whether `product` has a form for a use."""
+        found = self._find(use, record)
+        return found is not None and found.reason is None
+
+    def _find(self, use: Use, record: WeightRecord) -> _Found | None:
+        product = as_product(use, record.packed.shape)
+        if product is None:
+            return None
+        node, x, axis, bias = product
+        maker = x.producer()
+        if maker is None or maker.domain != DOMAIN or maker.op_type != "Activation":
+            return None
+        form, given = self.lowering.form(maker.attributes["site"].as_string()), maker.inputs[0]
+        if given is None or not has_row_codes(form, given) or node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
+            return None
+        top = int(form.spec.levels[1] - form.spec.levels[0])
+        reason = why_not(record.packed, axis, top)
+        if record.packed.numel < SMALLEST:
+            reason = f"small (below {SMALLEST} weights)"
+        if reason is None and not is_signed(record.packed, top) and self.lowering.options.rows(x) != 1:
+            reason = "8-bit weights that cannot be int8 pay at one row alone"
+        return _Found(node, maker, axis, bias, reason)
 
     def codes_of(self, node: ir.Node) -> RowCodes:
         """The codes of an activation."""

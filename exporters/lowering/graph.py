@@ -283,7 +283,7 @@ class _Lowering:
         if not isinstance(kernel, str) and (reason := self.options.slower(kernel, record.packed, x)):
             if self.options.by_speed:
                 kernel = reason
-            else:
+            elif not self.dynamics.pays(use, record):
                 record.notes.append(f"{reason}: optimize_for='latency' takes that")
         if isinstance(kernel, str):
             record.notes.append(f"plain {node.op_type}: {kernel}")
@@ -305,7 +305,13 @@ class _Lowering:
         if self.target == "qdq":
             return None
         static = self.statics.product(use, record) or self.statics.convolution(use, record)
-        return static or (self.dynamics.product(use, record) if self.options.by_speed else None)
+        if static is not None or self.target != "ort":
+            return static
+        if self.options.by_speed:
+            return self.dynamics.product(use, record)
+        if self.options.optimize_for is None and self.dynamics.pays(use, record):
+            record.notes.append("optimize_for='latency' multiplies whole numbers, which is faster")
+        return None
 
     def _sums(self, x: ir.Value, packed: PackedWeight, inputs: int, name: str) -> ir.Value | None:
         if not has_zero_points(packed):

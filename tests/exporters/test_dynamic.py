@@ -133,6 +133,8 @@ def test_what_stays_float(tmp_path):
     for purpose in (None, "size"):
         report = qgraph.export(prepared, tmp_path / "c.onnx", (x,), optimize_for=purpose, progress=False)
         assert "Integer" not in report.layers[0].form
+        hint = any("multiplies whole numbers" in note for note in report.layers[0].notes)
+        assert hint == (purpose is None)
     _, report, _ = written(nn.Linear(80, 72), "A8W8", x[:1], tmp_path, dynamic_shapes={})
     assert report.layers[0].form == "MatMulInteger uint8 x uint8"
 
