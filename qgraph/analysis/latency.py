@@ -90,8 +90,9 @@ class Stopwatch:
             advance()
         whole = statistics.median(pair[0] for pair in pairs)
         totals = [whole * found / beside for beside, found in pairs]
-        rests = [total - sum(part) for total, part in zip(totals, parts, strict=True)]
-        rest, weights = max(0.0, min(rests)), sum(unit.weights for unit in self.units)
+        # Profiling has a cost of its own: the parts may exceed the whole.
+        rests = [max(0.0, total - sum(part)) for total, part in zip(totals, parts, strict=True)]
+        rest, weights = min(rests), sum(unit.weights for unit in self.units)
         # Where a fused node bears no name of ours its time is in what is left, and is shared out by size.
         layers = [
             [part[i] + (left - rest) * unit.weights / weights for part, left in zip(parts, rests, strict=True)]

@@ -261,7 +261,7 @@ def test_a_budget_of_latency():
     found = plan("50x latency", example_inputs=(x,), candidates=(2, 4, 8))
     assert {layer.bits for layer in found.layers} == {8} and found.limit is None
     assert found.latency is not None and 0 < found.latency <= found.latency_limit == 50
-    assert all(time > 0 for layer in found.layers for time in layer.milliseconds.values())
+    assert all(time >= 0 for layer in found.layers for time in layer.milliseconds.values())  # whole microseconds
     assert "the float model's latency, allowed 50x" in str(found) and json.loads(json.dumps(found.to_dict()))["latency"]
     assert specs == [q.spec for q in quantizer_modules(prepared)] and prepared.training
     with pytest.raises(ConfigError, match=r"the fastest candidate.*4 bits \d+\.\d\dx, 8 bits .*Raise the budget"):
