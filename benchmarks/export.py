@@ -29,6 +29,8 @@ import onnx
 import torch
 from export_models import MODELS, build
 from export_peers import PEERS
+from forms import processor
+from load import load
 from training import environment
 
 import qgraph
@@ -42,20 +44,6 @@ CONFIGS = {
 }
 NEEDED = {"brevitas": ("onnxoptimizer",)}  # for its export
 BATCHES, THREADS = (1, 64), (1, 2)
-PROBE = """
-import json, re, sys, time
-import numpy, onnxruntime
-def memory(key):
-    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-before = memory("VmRSS")
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
-start = time.perf_counter()
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-seconds = time.perf_counter() - start
-session.run(None, {session.get_inputs()[0].name: numpy.zeros(json.loads(sys.argv[2]), numpy.float32)})
-print(json.dumps([seconds, memory("VmRSS") - before, memory("VmHWM") - before]))
-"""
 FIGURES = ("load_seconds", "resident_mb", "peak_mb")
 
 
@@ -199,7 +187,7 @@ def measure(name: str, made: Made, files: dict[tuple[str, str], Made], options: 
     try:
         session = session_for(path)
         got = session.run(None, {session.get_inputs()[0].name: x})[0]
-        loads = [load(path, (1, *shape)) for _ in range(options.rounds)]
+        loads = [load(path, (1, *shape), 1) for _ in range(options.rounds)]
         latency = {
             f"batch {batch}, {threads} thread{'s' * (threads > 1)}": speed(plain[0], path, (batch, *shape), threads)
             for threads in THREADS
@@ -208,14 +196,9 @@ def measure(name: str, made: Made, files: dict[tuple[str, str], Made], options: 
     except Exception as error:
         return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
     difference = float(np.abs(got - expected).max() / np.abs(expected).max())
-    figures = dict(zip(FIGURES, map(statistics.median, zip(*loads, strict=True)), strict=True))
+    seconds, _, resident, peak = map(statistics.median, zip(*loads, strict=True))
+    figures = dict(zip(FIGURES, (seconds, resident, peak), strict=True))
     return {"file_mb": path.stat().st_size / 2**20, **figures, "speed": latency, "difference": difference}
-
-
-def load(path: Path, shape: tuple[int, ...]) -> list[float]:
-    """`FIGURES` of one process."""
-    command = [sys.executable, "-c", PROBE, str(path), json.dumps(shape)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def speed(plain: Path, path: Path, shape: tuple[int, ...], threads: int) -> float:
@@ -241,13 +224,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     speeds = [f"speed, batch {batch}, {threads} thr." for threads in THREADS for batch in BATCHES]
     heads = ["model", "tool", "config", "file, MB", "load, s", "resident, MB", "peak, MB", *speeds, "difference"]
     return "\n".join(["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|", *map(line, rows)])
-
-
-def processor() -> str:
-    """Its name, where Linux says it."""
-    path = Path("/proc/cpuinfo")
-    names = [text for text in path.read_text().splitlines() if text.startswith("model name")] if path.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def arguments() -> argparse.Namespace:

@@ -31,8 +31,10 @@ options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = int(sys.argv[3])
 start = time.perf_counter()
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-session.run(None, {session.get_inputs()[0].name: numpy.zeros((1, int(sys.argv[2])), numpy.float32)})
-print(json.dumps([time.perf_counter() - start, memory("VmRSS") - before, memory("VmHWM") - before]))
+made = time.perf_counter() - start
+session.run(None, {session.get_inputs()[0].name: numpy.zeros(json.loads(sys.argv[2]), numpy.float32)})
+ran = time.perf_counter() - start
+print(json.dumps([made, ran, memory("VmRSS") - before, memory("VmHWM") - before]))
 """
 FIGURES = ("seconds", "resident_mb", "peak_mb")
 
@@ -46,7 +48,10 @@ def main() -> None:
             for target in TARGETS:
                 for form in ("packed", "preunpacked"):
                     files[config, target, form] = quantized_file(Path(folder), config, target, form, options)
-        rounds = [{key: load(path, options) for key, path in files.items()} for _ in range(options.rounds)]
+        shape = (1, options.width)
+        rounds = [
+            {key: load(path, shape, options.threads)[1:] for key, path in files.items()} for _ in range(options.rounds)
+        ]
         sizes = {key: path.stat().st_size / 2**20 for key, path in files.items()}
     rows = []
     for key, size in sizes.items():
@@ -95,9 +100,9 @@ def quantized_file(folder: Path, config: str, target: Any, form: str, options: a
     return path
 
 
-def load(path: Path, options: argparse.Namespace) -> list[float]:
-    """`FIGURES` of one process."""
-    command = [sys.executable, "-c", PROBE, str(path), str(options.width), str(options.threads)]
+def load(path: Path, shape: tuple[int, ...], threads: int) -> list[float]:
+    """Of one process: seconds until there is a session, and until it has run once; MB resident, and at the most."""
+    command = [sys.executable, "-c", PROBE, str(path), json.dumps(shape), str(threads)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

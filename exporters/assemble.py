@@ -94,8 +94,9 @@ def _weight_layer(record: WeightRecord, lowered: Lowered, collected: Collected) 
     sparsity = collected.sparsity.get(record.site)
     activation = _activation_of(record.site, collected)
     notes = list(dict.fromkeys(record.notes))
-    if activation is not None and activation.bits < 8 and activation.range == "dynamic":
-        notes.append(f"{activation.bits:g}-bit activations run no faster than float in onnxruntime")
+    whole_numbers = any("Integer" in form for form in record.forms)
+    if activation is not None and activation.bits < 8 and activation.range == "dynamic" and not whole_numbers:
+        notes.append(f"{activation.bits:g}-bit activations run no faster than float ones in this form")
     return LayerReport(
         path=path,
         operand=operand,

@@ -3,7 +3,7 @@ dequantized.
 
 The nodes do what `qgraph.ops.fake_quantize` does, step by step, so that both differ by float rounding alone.
 What one group is comes from `grouping.py`; one small function per method and scheme follows, chosen by
-`RECIPES`. Below 8 bits this gains no speed in stock onnxruntime.
+`CODED` and `LEARNED`. Below 8 bits this gains no speed over 8 in stock onnxruntime.
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ def lower_activation(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: s
             "one step a tensor; "
             "use granularity='tensor' for it"
         )
-    recipe = RECIPES[spec.method, spec.scheme]
     wide = x if x.dtype in (None, ir.DataType.FLOAT) else b.cast(x, ir.DataType.FLOAT, name=f"{name}/wide")
     wide.shape = x.shape
-    y = on_groups(b, wide, form.groups, name, lambda math, piece: recipe(math, piece, spec, step))
+    y = on_groups(b, wide, form.groups, name, lambda math, piece: _recipe(math, piece, spec, step))
     if x.dtype not in (None, ir.DataType.FLOAT):
         y = b.cast(y, x.dtype, name=f"{name}/narrow")
     y.type, y.shape = ir.TensorType(x.dtype or ir.DataType.FLOAT), x.shape
@@ -77,55 +76,69 @@ def has_row_codes(form: ActivationForm, x: ir.Value) -> bool:
     """Whether `lower_to_codes` takes an activation: one scale a row of its last dimension, found from the values."""
     known = x.shape is not None and len(x.shape) > 1 and x.dtype in (None, ir.DataType.FLOAT)
     whole = form.groups.kind == "token" and form.groups.block is None
-    return known and whole and form.fixed is None and form.spec.method in ("ddt", "ste")
+    return known and whole and form.fixed is None and (form.spec.method, form.spec.scheme) in CODED
 
 
 def lower_to_codes(b: GraphBuilder, x: ir.Value, form: ActivationForm, name: str) -> RowCodes:
     """The same quantizer as `lower_activation`, before its result is made of codes, scale and offset."""
     m, spec = GroupMath(b, name, [-1]), form.spec
+    coded = CODED[spec.method, spec.scheme](m, x, spec)
     bottom, top = int(spec.levels[0]), int(spec.levels[1] - spec.levels[0])
-    if spec.scheme == "affine":
-        q, scale, low = _affine_codes(m, x, spec)
-        zero = (top + 1) // 2
-        if spec.method == "ddt":
-            mean = m.mean(q)
-            scale = _slope(m, x, m.sub(q, mean), spec)
-            offset = m.sub(m.mean(x), m.mul(scale, m.sub(mean, m.scalar(zero))))
-        else:
-            offset = m.add(low, m.mul(scale, m.scalar(zero)))
-    else:
-        scale, zero, offset = _linear_scale(m, x, spec), -bottom, None
-        q = _linear_round(m, m.div(x, _nonzero(m, scale)), spec)
-        scale = _slope(m, x, q, spec) if spec.method == "ddt" else scale
+    q, offset, zero = coded.q, coded.offset, -bottom
+    if bottom:
         q = m.add(q, m.scalar(-bottom))
+    if offset is not None:  # codes about their middle: less to cancel
+        zero = (top + 1) // 2
+        centre = m.scalar(zero) if coded.mean is None else m.sub(m.scalar(zero), coded.mean)
+        offset = m.add(offset, m.mul(coded.scale, centre))
     codes = b.cast(q, ir.DataType.UINT8, name=f"{name}/codes")
     codes.shape = x.shape
-    return RowCodes(codes, scale, offset, zero, top)
+    return RowCodes(codes, coded.scale, offset, zero, top)
 
 
-def ddt_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """What a quantizer finds of each group: `offset + scale (q - mean)`; None stands for 0.
+
+    `centred` is ``q - mean`` where it was needed already.
+    """
+
+    q: ir.Value
+    scale: ir.Value
+    offset: ir.Value | None = None
+    mean: ir.Value | None = None
+    centred: ir.Value | None = None
+
+    def dequantized(self, m: GroupMath) -> ir.Value:
+        """The float values."""
+        y = m.mul(self.q if self.centred is None else self.centred, self.scale)
+        return y if self.offset is None else m.add(self.offset, y)
+
+
+def ddt_affine(m: GroupMath, x: ir.Value, spec: QuantSpec) -> Coded:
     """`mean x + a (q - mean q)`, a being the ridge regression of x on q."""
     q, _, _ = _affine_codes(m, x, spec)
-    qc = m.sub(q, m.mean(q))  # its mean is 0, so x need not be centred
-    return m.add(m.mean(x), m.mul(qc, _slope(m, x, qc, spec)))
+    mean = m.mean(q)
+    centred = m.sub(q, mean)  # its mean is 0, so x need not be centred
+    return Coded(q, _slope(m, x, centred, spec), m.mean(x), mean, centred)
 
 
-def ddt_linear(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
+def ddt_linear(m: GroupMath, x: ir.Value, spec: QuantSpec) -> Coded:
     """`a q`, a being the ridge regression of x on q."""
     q = _linear_round(m, m.div(x, _nonzero(m, _linear_scale(m, x, spec))), spec)
-    return m.mul(q, _slope(m, x, q, spec))
+    return Coded(q, _slope(m, x, q, spec))
 
 
-def ste_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
+def ste_affine(m: GroupMath, x: ir.Value, spec: QuantSpec) -> Coded:
     """`offset + step q`; the offset is min x, or lies half the levels below the mean."""
     q, scale, low = _affine_codes(m, x, spec)
-    return m.add(low, m.mul(q, scale))
+    return Coded(q, scale, low)
 
 
-def ste_linear(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
+def ste_linear(m: GroupMath, x: ir.Value, spec: QuantSpec) -> Coded:
     """`step q`, 0 for a group of zeros whatever their codes; at 8 bits what MatMulNBits does at accuracy level 4."""
     scale = _linear_scale(m, x, spec)
-    return m.mul(_linear_round(m, m.div(x, _nonzero(m, scale)), spec), scale)
+    return Coded(_linear_round(m, m.div(x, _nonzero(m, scale)), spec), scale)
 
 
 def lsq_affine(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
@@ -154,16 +167,23 @@ def seq(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> 
     return m.mul(m.sub(q, shift), m.scalar(_size(step) / a_side))
 
 
-RECIPES: dict[tuple[str, str | None], Callable[[GroupMath, ir.Value, QuantSpec, np.ndarray | None], ir.Value]] = {
+CODED: dict[tuple[str, str | None], Callable[[GroupMath, ir.Value, QuantSpec], Coded]] = {
     ("ddt", "affine"): ddt_affine,
     ("ddt", "linear"): ddt_linear,
     ("ste", "affine"): ste_affine,
     ("ste", "linear"): ste_linear,
+}
+LEARNED: dict[tuple[str, str | None], Callable[[GroupMath, ir.Value, QuantSpec, np.ndarray | None], ir.Value]] = {
     ("lsq", "affine"): lsq_affine,
     ("lsq", "linear"): lsq_linear,
     ("seq", "affine"): seq,
     ("seq", "linear"): seq,
 }
+
+
+def _recipe(m: GroupMath, x: ir.Value, spec: QuantSpec, step: np.ndarray | None) -> ir.Value:
+    kind = spec.method, spec.scheme
+    return CODED[kind](m, x, spec).dequantized(m) if kind in CODED else LEARNED[kind](m, x, spec, step)
 
 
 def _affine_codes(m: GroupMath, x: ir.Value, spec: QuantSpec) -> tuple[ir.Value, ir.Value, ir.Value]:

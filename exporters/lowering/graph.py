@@ -129,7 +129,7 @@ class _Lowering:
     def _find_uses(self) -> None:
         """Weights whose rows are looked up: their rows must begin on a byte, also where they are used otherwise.
 
-        And for "qdq", whose stored codes have one form, those that are.
+        And, for "qdq", weights that are multiplied: their stored codes have that one form.
         """
         for node in self.graph:
             if node.domain == DOMAIN and node.op_type == "Weight":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import shutil
 import statistics
 import tempfile
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from qgraph.prepare import disabled
 from qgraph.runtime import time_files
 from qgraph.terminal import progress_bar
 
-RUNS, SECONDS = 30, 1.0  # of each file: as many runs as its time allows, and no fewer
+RUNS, SECONDS = (30, 1000), 1.0  # of each file: as many runs as its time allows, between these
 PROFILED = 10
 # What onnxruntime's optimizer adds to the name of a node, or of its output, where it replaces it; and what it draws in.
 _ADDED = re.compile(r"^fused |(_nchwc|_token_\d+|/\w*Fusion/?)+$")
@@ -73,50 +76,55 @@ class Stopwatch:
             )
         self.model, self.units, self.inputs, self.kwargs = model, units, inputs, kwargs
         self.runs = 0  # of each file, as the first one's time allows
+        self.folder = Path(tempfile.mkdtemp(prefix="qgraph-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         flat = flatten_inputs(model, inputs, kwargs)
         self.feed = {name: t.detach().cpu().numpy() for name, t in zip(flat.names, flat.tensors, strict=True)}
 
     def measure(self, widths: Sequence[float], progress: bool) -> Times:
         """Every layer at every width."""
-        with tempfile.TemporaryDirectory() as folder, progress_bar(progress, len(widths) + 2, "timing") as advance:
-            plain = self._write_float(Path(folder))
+        with progress_bar(progress, len(widths) + 2, "timing") as advance:
+            plain, paths = self._plain, []
             advance()
-            paths = []
             for bits in widths:
-                paths.append(self._write(Path(folder), [bits] * len(self.units)))
+                paths.append(self._write(f"{bits}.onnx", [bits] * len(self.units)))
                 advance()
             pairs = [self._pair(plain, path) for path in paths]
             parts = [self._by_layer(path) for path in paths]
             advance()
         whole = statistics.median(pair[0] for pair in pairs)
         totals = [whole * found / beside for beside, found in pairs]
-        # Profiling has a cost of its own: the parts may exceed the whole.
-        rests = [max(0.0, total - sum(part)) for total, part in zip(totals, parts, strict=True)]
-        rest, weights = min(rests), sum(unit.weights for unit in self.units)
+        # Profiling has a cost of its own: parts that exceed the whole are scaled to it.
+        parts = [
+            [t * min(1, total / (sum(part) or 1)) for t in part] for part, total in zip(parts, totals, strict=True)
+        ]
+        rests = [total - sum(part) for total, part in zip(totals, parts, strict=True)]
+        rest, weights = max(0.0, min(rests)), sum(unit.weights for unit in self.units)
         # Where a fused node bears no name of ours its time is in what is left, and is shared out by size.
         layers = [
-            [part[i] + (left - rest) * unit.weights / weights for part, left in zip(parts, rests, strict=True)]
+            [part[i] + max(0.0, left - rest) * unit.weights / weights for part, left in zip(parts, rests, strict=True)]
             for i, unit in enumerate(self.units)
         ]
         return Times(whole, rest, layers)
 
     def share(self, bits: Sequence[float]) -> float:
         """What a run takes with these bits, one number for each layer, over the float model."""
-        with tempfile.TemporaryDirectory() as folder:
-            whole, found = self._pair(self._write_float(Path(folder)), self._write(Path(folder), bits))
+        whole, found = self._pair(self._plain, self._write("chosen.onnx", bits))
         return found / whole
 
-    def _write_float(self, folder: Path) -> Path:
+    @functools.cached_property
+    def _plain(self) -> Path:
         with disabled(self.model):
-            return self._export(folder / "float.onnx")
+            return self._export("float.onnx")
 
-    def _write(self, folder: Path, bits: Sequence[float]) -> Path:
+    def _write(self, name: str, bits: Sequence[float]) -> Path:
         with as_it_was(self.model):
             for unit, width in zip(self.units, bits, strict=True):
                 unit.set_bits(width)
-            return self._export(folder / f"{bits[0]}.onnx")
+            return self._export(name)
 
-    def _export(self, path: Path) -> Path:
+    def _export(self, name: str) -> Path:
+        path = self.folder / name
         export(
             self.model,
             path,
@@ -132,8 +140,9 @@ class Stopwatch:
         """Milliseconds of two files in turns; of more than two each would find its weights out of the cache."""
         feeds = [self._feed(plain), self._feed(other)]
         if not self.runs:
-            first = time_files([plain], RUNS, feeds=feeds[:1])[0].median_ms
-            self.runs = max(RUNS, int(1000 * SECONDS / first))
+            least, most = RUNS
+            first = time_files([plain], least, feeds=feeds[:1])[0].median_ms
+            self.runs = min(most, max(least, int(1000 * SECONDS / first)))
         one, two = time_files([plain, other], self.runs, feeds=feeds)
         return one.median_ms, two.median_ms
 

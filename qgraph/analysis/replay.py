@@ -175,7 +175,7 @@ class Replay:
             for around in self._stack:
                 around.watched = True
         with torch._C.DisableTorchFunction():  # the mode of a module that runs as Python must not see this
-            given, buffers = _Value.of((args, kwargs)), _versions(self._modules[path])
+            given, buffers = _Value.of((args, kwargs)), _Value.of(list(self._modules[path].buffers()))
             random = _random_state() if outermost else None
         self._stack.append(call)
         started = time.perf_counter()
@@ -194,12 +194,8 @@ class Replay:
                 call.given = given if outermost else None
                 # A child without tensors may make a weight, whose origin the Python around it has to see.
                 computed = given is not None and next(given.tensors(), None) is not None and given.untouched()
-                if (
-                    computed
-                    and not call.watched
-                    and _versions(self._modules[path]) == buffers
-                    and path not in self._dropped
-                ):
+                still = buffers is not None and buffers.untouched()
+                if computed and still and not call.watched and path not in self._dropped:
                     call.output = self._kept(path, result)
         return result
 
@@ -382,10 +378,6 @@ def _mark(tensor: Tensor) -> Any:
 
 def _bears(tensor: Tensor, mark: Any) -> bool:
     return torch.equal(tensor, mark) if isinstance(mark, Tensor) else tensor._version == mark
-
-
-def _versions(module: nn.Module) -> list[int]:
-    return [buffer._version for buffer in module.buffers()]
 
 
 def _random_state() -> tuple[Tensor, ...]:

@@ -143,7 +143,7 @@ def sensitivity(
     lower_is_better : bool
         True for a loss or a perplexity.
     resume : path, optional
-        A JSON file to keep the scores in: a run that was stopped goes on from there.
+        A JSON file to keep the scores in: a run that was stopped goes on from there. Not for how="gradient".
     loss : callable (model, batch) -> Tensor, optional
         A mean over samples, with a gradient; for how="gradient", which does without `evaluate`.
     batches : iterable, optional
@@ -175,6 +175,8 @@ def sensitivity(
             f"sensitivity: {type(prepared).__name__} is not prepared. Expected what qgraph.prepare returns."
         )
     if how == "gradient":
+        if resume is not None:
+            raise InspectError("sensitivity: how='gradient' keeps no scores. Leave resume= out, it takes two passes.")
         return _by_gradient(prepared, loss, batches, progress)
     if not callable(evaluate):
         raise InspectError("sensitivity: needs evaluate, a function of the model that returns a number.")
@@ -215,7 +217,7 @@ def sensitivity(
         scores.found["quantized"],
         tuple(row for row in ranked if row.kind == "layer"),
         tuple(row for row in ranked if row.kind == "kind"),
-        scores.replay.note(),
+        scores.replay.note() if missing else "",
     )
 
 

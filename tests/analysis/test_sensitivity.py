@@ -109,6 +109,8 @@ def test_a_stopped_run_goes_on(tmp_path):
     # Twice the base, to keep its activations and to see that they are right.
     assert len(calls) == 2 + 3 + 2 + 1 + 2 and found == qgraph.sensitivity(prepared, evaluate)
     assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+    done = qgraph.sensitivity(prepared, counted(0), resume=path)  # all is known: nothing runs
+    assert done.layers == found.layers and not done.cached
     other = qgraph.prepare(model, "A4W3", inputs)
     with pytest.raises(InspectError, match=r"scores\.json belongs to another model: its config differ"):
         qgraph.sensitivity(other, evaluate, resume=path)
@@ -221,6 +223,8 @@ def test_wrong_use_of_the_gradient_is_said():
     model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
     prepared = qgraph.prepare(model, "W2", inputs)
     gradient = functools.partial(qgraph.sensitivity, prepared, how="gradient", batches=[inputs])
+    with pytest.raises(InspectError, match=r"Leave resume= out"):
+        gradient(loss=lambda m, b: m(*b).sum(), resume="scores.json")
     with pytest.raises(InspectError, match="needs evaluate"):
         qgraph.sensitivity(prepared)
     with pytest.raises(InspectError, match=r"needs loss=.* and batches="):

@@ -54,6 +54,7 @@ def test_it_computes_the_model(config, shape, tmp_path):
     prepared, report, path = written(model, config, x, tmp_path)
     assert all(layer.form == "MatMulInteger uint8 x int8" for layer in report.layers), report
     assert report.max_difference < RATIO or report.flips
+    assert "run no faster" not in str(report)
     assert_same(prepared, path, torch.cat([x, 3 * torch.randn_like(x)]))
     found = qgraph.unpack(path)["0.weight"].weight
     held = prepared[0].qgraph["weight"]
