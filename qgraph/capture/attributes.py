@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ class Held:
                 return False
         for name, value in self.constants.items():
             now = own[name] if name in own else getattr(type(module), name, None)
-            if now is not value and (type(now) is not type(value) or now != value):
+            if now is not value and (type(now) is not type(value) or not _equal(now, value)):
                 return False
         return not (self.settings or self.lengths or self.names or self.absent) or self._same_contents(module, own)
 
@@ -221,6 +222,13 @@ def _same_fields(own: dict[str, Any], way: tuple[str, ...], fields: dict[str, An
         return True
     except (RuntimeError, ValueError):  # what was a number is a tensor or an array now
         return False
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Equality of two of one type; torch.compile takes a partial function, met twice, for two of them."""
+    if isinstance(a, functools.partial):
+        return a.func is b.func and a.args == b.args and a.keywords == b.keywords
+    return a == b
 
 
 def _names(table: dict[str, Any]) -> tuple[str, ...]:

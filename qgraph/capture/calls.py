@@ -35,7 +35,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
 }  # fmt: skip
 
-# torch.compile takes grouped products in bfloat16 alone; models take another way while they are compiled.
+# torch.compile takes grouped products in bfloat16 alone: their graphs call `qgraph.ops.grouped` instead.
 EAGER_ONLY = frozenset({"grouped_mm", "_grouped_mm"})
 
 TRANSPARENT = frozenset({torch.nn.functional.multi_head_attention_forward})

@@ -37,7 +37,8 @@ def install_all(model: nn.Module, shared: Shared) -> None:
 def install_made(module: nn.Module, path: str, shared: Shared) -> None:
     """The same for a module that a forward has made and put at `path`."""
     for below, child in module.named_modules(prefix=path):
-        if STATE not in child.__dict__ and _worth_capturing(child):
+        ours = "qgraph" in below.split(".")  # quantizers of a module that was captured before
+        if STATE not in child.__dict__ and not ours and _worth_capturing(child):
             install(child, ModuleState(shared, below, type(child).forward))
 
 

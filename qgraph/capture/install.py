@@ -8,6 +8,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.overrides import _pop_mode_temporarily
 
 from qgraph.capture.arguments import SELF
 from qgraph.capture.checkpointing import REENTRANT, StopRecomputation
+from qgraph.capture.compiling import entry, leave_alone, outside_graphs, run_child, under_compiler
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import Running, SiteMode, run_opaque, running_mode
 from qgraph.capture.session import active, capturing, current
@@ -83,7 +85,7 @@ def _make_class(cls: Any) -> type:
         return _restore, (cls,), state
 
     namespace = {
-        "forward": forward,
+        "forward": entry(cls, forward),
         SELF: property(lambda self: self),
         "qgraph_fused": issubclass(cls, _FUSED),
         "named_children": named_children,
@@ -109,9 +111,11 @@ def dispatch(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dic
             return session.enter(module, forward, args, kwargs)
     if Running.count and torch._C._len_torch_function_stack() > 0:
         with _pop_mode_temporarily() as mode:
-            result = _run(module, forward, args, kwargs)
-            if isinstance(mode, SiteMode):
-                mode.operands.follow_child(module, module.__dict__[STATE].path, args, kwargs, result)
+            if not isinstance(mode, SiteMode):
+                return _run(module, forward, args, kwargs)
+            state = module.__dict__[STATE]
+            result = run_child(_run, state, mode.compiler, (module, forward, args, kwargs))
+            mode.operands.follow_child(module, state.path, args, kwargs, result)
             return result
     return _run(module, forward, args, kwargs)
 
@@ -128,8 +132,6 @@ def _run(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[st
     variant = state.select(module, call)
     if variant is None:
         return run_python(module, state, forward, args, kwargs, call)
-    if variant.eager_only and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        return _graph_outside(variant, module, call.values)
     if torch.compiler.is_compiling():
         return variant.run(module, call.values)
     if variant.late_guards:
@@ -192,14 +194,14 @@ def run_python(module: nn.Module, state: ModuleState, forward: Any, args: Any, k
             f"({', '.join(call.names) or 'no arguments'}{', in train mode' if module.training else ''}); expected a "
             f"call as those before qgraph.freeze. Make such a call of the prepared model in eval, then freeze it again."
         )
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return python_body(module, state, forward, args, kwargs, call)
+    if torch.compiler.is_exporting() or not under_compiler():
+        return _python_body(module, state, forward, args, kwargs, call)
     known = state.known_opaque(call, module.training)
     if known is not None and not state.python_sites and not _own_weights(module):
         return forward(module, *args, **kwargs)
-    if known is not None and known.reason == REENTRANT:  # compiled, its second run in backward would be float
-        return _all_outside_graphs(module, state, forward, args, kwargs, call)
-    return _outside_graphs(module, state, forward, args, kwargs, call)
+    # Compiled, the second run of a reentrant checkpoint in backward would be float.
+    children = known is None or known.reason != REENTRANT
+    return outside_graphs(_python_body, module, state, forward, args, kwargs, call, children=children)
 
 
 def _own_weights(module: nn.Module) -> bool:
@@ -207,14 +209,16 @@ def _own_weights(module: nn.Module) -> bool:
     return any(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values())
 
 
-def python_body(module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call) -> Any:
+def _python_body(
+    module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call, compiler: Any = None
+) -> Any:
     """Run the module's own Python under the same quantizers; capture a call of a new kind for the next time."""
     known = state.known_opaque(call, module.training)
     if known is None and (state.variants or state.opaque):
         state.misses += 1
     # Inside torch.export no graph of ours can be recorded, since the tensors are not real.
     if known is not None or torch.compiler.is_exporting() or len(state.variants) >= MAX_VARIANTS:
-        result = run_opaque(module, state, forward, args, kwargs)
+        result = run_opaque(module, state, forward, args, kwargs, compiler)
         state.returned(result)
         if not torch.compiler.is_exporting():
             _install_made(module, state)
@@ -248,13 +252,4 @@ def _install_made(module: nn.Module, state: ModuleState) -> None:
             state.install(child, name)
 
 
-# The public torch.compiler.disable imports the compiler at once, seconds of work that most imports of us never need.
-_outside_graphs = torch._compile._disable_dynamo(python_body, recursive=False)
-_all_outside_graphs = torch._compile._disable_dynamo(python_body)  # and what it calls
-
-
-def _run_graph(variant: Variant, module: nn.Module, values: tuple[Any, ...]) -> Any:
-    return variant.run(module, values)
-
-
-_graph_outside = torch._compile._disable_dynamo(_run_graph)  # and what it calls
+leave_alone(*(module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")))

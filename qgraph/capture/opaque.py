@@ -24,9 +24,10 @@ from qgraph.capture.state import ModuleState
 class SiteMode(TorchFunctionMode):
     """Quantizes the operands of every site that one forward's own code meets; children see to themselves."""
 
-    def __init__(self, module: nn.Module, state: ModuleState) -> None:
+    def __init__(self, module: nn.Module, state: ModuleState, compiler: Any = None) -> None:
         super().__init__()
         self.module, self.state = module, state
+        self.compiler = compiler  # what torch.compile had at work on the frames around, and has on those of children
         self.operands = OperandTracker(module, state)
 
     def __torch_function__(
@@ -64,9 +65,10 @@ def run_opaque(
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    compiler: Any = None,
 ) -> Any:
     """The module's own forward under a `SiteMode`."""
-    mode = SiteMode(module, state)
+    mode = SiteMode(module, state, compiler)
     for name, value in (*zip(state.names(args, {}), args, strict=True), *kwargs.items()):
         mode.operands.enter(name, value)
     return _run_under(mode, forward, (module, *args), kwargs)

@@ -124,14 +124,14 @@ def tensors_in(values: tuple[Any, ...]) -> list[Tensor]:
         if isinstance(value, Tensor):
             found.append(value)
         elif _form(value) != "leaf":
-            _collect(value, found, set(), 0)
+            _collect(value, found, [], 0)
     return found
 
 
-def _collect(value: Any, found: list[Tensor], seen: set[int], depth: int) -> None:
-    if id(value) in seen or depth >= _DEPTH:
+def _collect(value: Any, found: list[Tensor], seen: list[Any], depth: int) -> None:
+    if depth >= _DEPTH or any(value is other for other in seen):  # no ids, for the same reason as in `aliases`
         return
-    seen.add(id(value))
+    seen.append(value)
     form = _form(value)
     if form == "sequence":
         items = value
@@ -202,7 +202,11 @@ def aliases(values: tuple[Any, ...]) -> tuple[int, ...]:
         return ()
     if len(values) == 2 and isinstance(values[0], Tensor) and (values[1] is None or isinstance(values[1], Tensor)):
         return () if values[0] is not values[1] else (0, 0)
-    places = list(map(id, tensors_in(values)))
+    tensors = tensors_in(values)
+    if torch.compiler.is_compiling():  # it takes an id for a promise that the next call brings the same object
+        first = tuple(next(i for i, other in enumerate(tensors) if other is tensor) for tensor in tensors)
+        return () if first == tuple(range(len(first))) else first
+    places = list(map(id, tensors))
     return () if len(set(places)) == len(places) else tuple(map(places.index, places))
 
 

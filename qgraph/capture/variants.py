@@ -7,6 +7,7 @@ signature of the arguments, the mode, attributes, guards), and a call of another
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import sys
@@ -55,13 +56,9 @@ class Variant:
     in_place: bool = False  # whether the forward changed tensors among its arguments
     validated: set[Any] = field(default_factory=set)  # sizes for which the late guards held
     rejected: set[Any] = field(default_factory=set)  # and did not
-    eager_only: bool = field(init=False)  # whether torch.compile cannot take a function that it calls
     _function: Callable[..., Any] | None = None
     _float_function: Callable[..., Any] | None = None
     _condition: Callable[..., bool] | None = None
-
-    def __post_init__(self) -> None:
-        self.eager_only = any(name_of(n.target) in EAGER_ONLY for n in self.graph.nodes if n.op == "call_function")
 
     def accepts(self, module: nn.Module, call: Call) -> bool:
         if call.names != self.names or call.signature != self.signature:
@@ -141,7 +138,6 @@ class Variant:
         for name, value in state.items():
             setattr(self, name, load_graph(value) if name == "graph" else value)
         self.validated, self.rejected, self._condition = set(), set(), None
-        self.__post_init__()
         self.compile()
 
 
@@ -161,7 +157,7 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     """Compile a graph to a function of (module, *arguments); tracebacks show its source, and the user's line behind."""
     import linecache
 
-    code = python_code(graph)
+    code = python_code(_compilable(graph))
     file = f"{GENERATED}{id(graph):x}>"
     places = {node.name: node.meta["where"] for node in graph.nodes if "where" in node.meta}
     lines = [_with_place(line, places) for line in code.src.splitlines()]
@@ -171,6 +167,19 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     forward = names["forward"]
     switches = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
     return _leaving_blocks(forward) if switches else forward
+
+
+def _compilable(graph: fx.Graph) -> fx.Graph:
+    """The graph, or a copy of it with other functions for those that torch.compile cannot take."""
+    if not any(node.op == "call_function" and name_of(node.target) in EAGER_ONLY for node in graph.nodes):
+        return graph
+    from qgraph.ops.grouped import grouped_mm
+
+    copied = copy.copy(graph)
+    for node in copied.nodes:
+        if node.op == "call_function" and name_of(node.target) in EAGER_ONLY:
+            node.target = grouped_mm
+    return copied
 
 
 def _leaving_blocks(forward: Callable[..., Any]) -> Callable[..., Any]:

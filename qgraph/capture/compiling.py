@@ -1,0 +1,80 @@
+"""torch.compile and a forward that stays Python: it is one graph break, and the children that it calls are compiled.
+
+Left to itself the compiler would take up every frame of that Python, and of our own at work around it, and break each.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    get_eval_frame_callback,
+    set_code_exec_strategy,
+    set_eval_frame,
+)
+
+if TYPE_CHECKING:
+    from qgraph.capture.state import ModuleState
+
+_SKIPPED = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT)
+_entries: weakref.WeakKeyDictionary[ModuleState, Callable[..., Any]] = weakref.WeakKeyDictionary()
+
+
+def under_compiler() -> bool:
+    """Whether torch.compile is at work on this call: traces it, or takes up frames around and below it."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+
+
+def _outside(body: Callable[..., Any], *args: Any, children: bool) -> Any:
+    compiler = set_eval_frame(None)
+    try:
+        return body(*args, compiler if children else None)
+    finally:
+        set_eval_frame(compiler)
+
+
+# The public torch.compiler.disable imports the compiler at once, seconds of work that most imports of us never need.
+outside_graphs = functools.wraps(_outside)(torch._compile._disable_dynamo(_outside, recursive=False))
+
+
+def run_child(run: Callable[..., Any], state: ModuleState, compiler: Any, args: tuple[Any, ...]) -> Any:
+    """`run(*args)`, the call of a child: compiled, if the Python around it was met by a compiler."""
+    # A checkpoint compares what is saved with what its second run saves, and that one is not compiled.
+    if compiler is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return run(*args)
+    if state not in _entries:
+        _entries[state] = _own_code(run)
+    set_eval_frame(compiler)
+    try:
+        return _entries[state](*args)
+    finally:
+        set_eval_frame(None)
+
+
+def _own_code(function: Any) -> Callable[..., Any]:
+    """A copy of a function with code of its own: the compiler counts the versions that it makes by code."""
+    own = FunctionType(function.__code__.replace(co_name=f"{function.__name__}_child"), function.__globals__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+def leave_alone(*modules: ModuleType) -> None:
+    """Have no frame of these modules compiled by itself, where one around it was broken; inside others they are."""
+    for module in modules:
+        for value in vars(module).values():
+            for function in vars(value).values() if isinstance(value, type) else (value,):
+                if isinstance(function, FunctionType) and function.__code__.co_filename == module.__file__:
+                    set_code_exec_strategy(function.__code__, _SKIPPED)
+
+
+def entry(cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The installed forward of a class; the compiler refuses torch's recurrent modules, so all of theirs is its."""
+    return torch._compile._disable_dynamo(forward) if issubclass(cls, nn.RNNBase) else forward
