@@ -33,7 +33,8 @@ class Guard:
 
 def check(value: Any, expected: Any, where: str, by_size: bool = True) -> None:
     """Raise `GuardMiss` unless `value` is what it was when the graph was recorded."""
-    holds = bool(value) is expected if isinstance(expected, bool) else value == expected
+    # No bool() of a flag: torch.compile gives a condition on sizes back as an object that is neither True nor False.
+    holds = (value if expected else not value) if isinstance(expected, bool) else value == expected
     if not holds:
         raise GuardMiss(f"{where}: expected {expected!r}, found {value!r}", by_size)
 

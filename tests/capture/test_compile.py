@@ -89,6 +89,15 @@ def test_a_new_batch_compiles_nothing_anew(kind):
     assert len(compiled.graphs) == 1
 
 
+def test_sizes_that_torch_compile_keeps_open_stay_open():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    prepared = qgraph.prepare(nn.TransformerEncoder(layer, 2), "A8W4", (torch.randn(2, 5, 16),))
+    compiled = Compiled(prepared)
+    for batch in (2, 3, 4, 5, 6):
+        compiled(torch.randn(batch, 5, 16))
+    assert len(compiled.graphs) == 2  # one for the first size, one for any
+
+
 def test_one_tensor_given_twice_is_another_kind_of_call():
     class Asks(nn.Module):
         def __init__(self):

@@ -20,7 +20,7 @@ def check(found: Found, model: nn.Module, calls: list[Call]) -> None:
     """
     call = calls[0]
     try:
-        _, eager, eager_again = _compiled(copied(model), call)
+        _, eager, eager_again = _compiled(copied(model), calls)
     except Exception:
         return  # nor can eager
     found.eager_breaks = max(0, eager - 1)
@@ -29,7 +29,7 @@ def check(found: Found, model: nn.Module, calls: list[Call]) -> None:
         with qgraph.disabled(prepared) if state == "off" else contextlib.nullcontext():
             expected = _run(prepared, call)
             try:
-                got, graphs, again = _compiled(prepared, call)
+                got, graphs, again = _compiled(prepared, calls)
             except Exception as error:
                 found.failures.append(f"compile, {config} {state}: {type(error).__name__}: {error}"[:500])
                 continue
@@ -40,15 +40,17 @@ def check(found: Found, model: nn.Module, calls: list[Call]) -> None:
             )
         if again > eager_again:
             found.failures.append(
-                f"compile, {config} {state}: {again} graphs anew in a second call, eager {eager_again}"
+                f"compile, {config} {state}: {again} graphs anew for calls met before, eager {eager_again}"
             )
         same_length = len(got) == len(expected)
         if config == WEIGHTS and not (same_length and all(map(_close, got, expected))):
             found.failures.append(f"compile, {config} {state}: outputs differ")
 
 
-def _compiled(model: nn.Module, call: Call) -> tuple[list[Any], int, int]:
-    """The outputs of the compiled model, in eval, the number of graphs, and of those made for a second call alike."""
+def _compiled(model: nn.Module, calls: list[Call]) -> tuple[list[Any], int, int]:
+    """The outputs of the compiled model for the first call, in eval, how many graphs it has, and how many are made for
+    calls at each shape after those have been met: no batch is to be compiled for itself.
+    """
     made: list[fx.GraphModule] = []
 
     def as_it_is(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
@@ -57,10 +59,14 @@ def _compiled(model: nn.Module, call: Call) -> tuple[list[Any], int, int]:
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=as_it_is)
-    out = _run(compiled, call)
+    out = _run(compiled, calls[0])
     first = len(made)
-    _run(compiled, call)
-    return out, first, len(made) - first
+    for call in calls[1:] + calls:
+        _run(compiled, call)
+    met = len(made)
+    for call in calls:
+        _run(compiled, call)
+    return out, first, len(made) - met
 
 
 def _run(model: nn.Module, call: Call) -> list[Any]:
