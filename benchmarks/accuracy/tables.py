@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,16 @@ from benchmarks.accuracy.methods import FULL_PRECISION, SETTINGS
 from benchmarks.accuracy.plan import best_rate, of
 
 Rows = list[dict[str, Any]]
+NEAR = 0.02
+STANDINGS = (
+    "method",
+    "settings",
+    "behind the best, median, %",
+    "at most, %",
+    "best in",
+    "diverged",
+    "rates within 2 %",
+)
 COLUMNS = (
     "method",
     "loss",
@@ -25,14 +36,65 @@ COLUMNS = (
 
 
 def markdown(rows: Rows) -> str:
-    """One table a study and setting."""
-    parts = []
+    """How the methods stand over all settings at 2 bits and below, then one table a study and setting."""
+    parts = [f"### 2 bits and below, all settings\n\n{standings(rows)}"]
     for study in dict.fromkeys(r["study"] for r in rows):
         for setting in (FULL_PRECISION, *SETTINGS):
             methods = list(dict.fromkeys(r["method"] for r in rows if (r["study"], r["setting"]) == (study, setting)))
             if methods:
                 parts.append(f"### {study}, {setting}\n\n{_table(study, setting, methods, rows)}")
     return "\n\n".join(parts)
+
+
+def standings(rows: Rows) -> str:
+    """Each method over the studies and settings that it was run in, at 2 bits of weights and below."""
+    found: dict[str, list[_Standing]] = {}
+    for study in dict.fromkeys(r["study"] for r in rows):
+        for setting in (s for s in SETTINGS if SETTINGS[s].weight <= 2):
+            for method, standing in _compared(study, setting, rows).items():
+                found.setdefault(method, []).append(standing)
+    lines = [f"| {' | '.join(STANDINGS)} |", "| --- " * len(STANDINGS) + "|"]
+    for method, own in sorted(found.items(), key=lambda item: statistics.median(s.behind for s in item[1])):
+        behind = [100 * s.behind for s in own]
+        cells = (
+            str(len(own)),
+            f"{statistics.median(behind):.1f}",
+            f"{max(behind):.1f}",
+            str(sum(value == 0 for value in behind)),
+            f"{sum(s.diverged for s in own)} of {sum(s.runs for s in own)}",
+            f"{statistics.mean(s.near for s in own):.1f}",
+        )
+        lines.append(f"| {' | '.join((method, *cells))} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """One method in one study and setting: how far its loss lies behind the best method's, as a part of that one."""
+
+    behind: float
+    diverged: int
+    runs: int
+    near: int  # rates of the sweep whose loss is within `NEAR` of the best rate's
+
+
+def _compared(study: str, setting: str, rows: Rows) -> dict[str, _Standing]:
+    runs = {m: of(study, setting, m, rows) for m in SETTINGS[setting].methods}
+    best = {m: best_rate(study, setting, m, rows) for m, own in runs.items() if own}
+    losses = {m: statistics.mean(r["loss"] for r in runs[m] if r["rate"] == rate) for m, rate in best.items() if rate}
+    if len(losses) < 2:
+        return {}
+    least = min(losses.values())
+    compared = {}
+    for method, loss in losses.items():
+        sweep = [r["loss"] for r in runs[method] if r["seed"] == 0 and not isinstance(r["loss"], str)]
+        compared[method] = _Standing(
+            loss / least - 1,
+            sum(bool(r["diverged"]) for r in runs[method]),
+            len(runs[method]),
+            sum(value <= (1 + NEAR) * min(sweep) for value in sweep),
+        )
+    return compared
 
 
 def _table(study: str, setting: str, methods: list[str], rows: Rows) -> str:

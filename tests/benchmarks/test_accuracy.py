@@ -79,6 +79,17 @@ def test_tables_order_by_loss_and_mark_divergence():
         {**row(1e-2, 2.5), **base, "diverged": None},
         {**row(1e-2, 2.4), **base, "method": "ddt-windowed", "diverged": "worse than its best"},
     ]
-    lines = tables.markdown(rows).splitlines()
+    lines = tables.markdown(rows).partition("### shakespeare, A1W1")[2].splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("| ddt")] == ["| ddt-windowed", "| ddt"]
     assert "2.400*" in lines[4] and "1 of 1 | 50 |" in lines[4] and "10 1" in lines[5]
+
+
+def test_standings_compare_by_the_best_method_of_each_setting():
+    base = {"score": 0.5, "steps": 4, "flips": [], "curve": [2.0], "diverged": None}
+    rows = [{**row(rate, loss), **base} for rate, loss in ((1e-2, 2.5), (2e-2, 2.51), (4e-2, 3.0))]
+    rows += [{**row(1e-2, 2.0), **base, "method": "ste", "diverged": "not finite"}]
+    rows += [{**row(1e-2, 2.2), **base, "setting": "W1"}, {**row(1e-2, 2.31), **base, "setting": "W1", "method": "ste"}]
+    rows += [{**row(1e-2, 1.0), **base, "setting": "W4"}, {**row(1e-2, 1.1), **base, "setting": "W4", "method": "ste"}]
+    ste, ddt = tables.standings(rows).splitlines()[2:]
+    assert ste == "| ste | 2 | 2.5 | 5.0 | 1 | 1 of 2 | 1.0 |"
+    assert ddt == "| ddt | 2 | 12.5 | 25.0 | 1 | 0 of 4 | 1.5 |"
