@@ -8,7 +8,8 @@ stretch between two quantizers is held to float rounding.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import functools
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ def probe(
     session : InferenceSession
         Of the file with the outputs of `add_probe_outputs`.
     records, forms : where quantized activations are in the file, and what they compute
-    layers : module path -> the value that is the module's output in the file
+    layers : module path -> the value that is the module's output in the file, at the last of its calls
     """
     feeds = {name: tensor.detach().cpu().numpy() for name, tensor in zip(flat.inputs.names, tensors, strict=True)}
     fetch = [value.name for value in session.get_outputs()]
@@ -97,14 +98,13 @@ def probe(
     for record in records:
         by_site[record.site].append(record)
     quantizers = [m for m in flat.modules() if isinstance(m, ActivationQuantizer) and m.site in by_site]
-    free = _undisturbed(flat, tensors, quantizers)
+    compared = {path: flat.model.get_submodule(path) for path, value in layers.items() if value.name in values}
+    free, calls = _undisturbed(flat, tensors, quantizers, compared)
     hooks: list[tuple[nn.Module, Any]] = [
         (m, _Quantizer(m.site, by_site[m.site], values, forms[m.site], free[m.site], found)) for m in quantizers
     ]
     hooks += [
-        (flat.model.get_submodule(path), _Layer(path, values[value.name], found))
-        for path, value in layers.items()
-        if value.name in values
+        (module, _Layer(path, values[layers[path].name], calls[path], found)) for path, module in compared.items()
     ]
     found.forced = _run_hooked(flat, tensors, hooks)
     found.outputs = [values[name] for name in fetch[: len(flat.output_names)]]
@@ -112,17 +112,25 @@ def probe(
 
 
 def _undisturbed(
-    flat: FlatModel, tensors: Sequence[Tensor], quantizers: Sequence[ActivationQuantizer]
-) -> dict[str, list[Tensor]]:
-    """What reaches each quantizer when torch runs on its own."""
+    flat: FlatModel,
+    tensors: Sequence[Tensor],
+    quantizers: Sequence[ActivationQuantizer],
+    layers: Mapping[str, nn.Module],
+) -> tuple[dict[str, list[Tensor]], Counter[str]]:
+    """What reaches each quantizer when torch runs on its own, and how often each layer is called."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
+    calls: Counter[str] = Counter()
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         assert isinstance(module, ActivationQuantizer)
         seen[module.site].append(args[0].detach())
 
-    _run_hooked(flat, tensors, [(module, keep) for module in quantizers])
-    return seen
+    def count(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[path] += 1
+
+    counting = [(module, functools.partial(count, path)) for path, module in layers.items()]
+    _run_hooked(flat, tensors, [*((module, keep) for module in quantizers), *counting])
+    return seen, calls
 
 
 def _run_hooked(
@@ -212,12 +220,15 @@ class _Quantizer:
 
 
 class _Layer:
-    """Forward hook of a module that owns a quantized weight: compare its output."""
+    """Forward hook of a module that owns a quantized weight: compare its output, that of the last of its calls."""
 
-    def __init__(self, path: str, value: np.ndarray, found: Probed) -> None:
-        self.path, self.value, self.found = path, value, found
+    def __init__(self, path: str, value: np.ndarray, calls: int, found: Probed) -> None:
+        self.path, self.value, self.left, self.found = path, value, calls, found
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.left -= 1
+        if self.left:
+            return
         tensor = output[0] if isinstance(output, tuple) and output else output
         if isinstance(tensor, Tensor) and tuple(tensor.shape) == self.value.shape and tensor.is_floating_point():
             difference = relative_difference(tensor.detach(), torch.from_numpy(self.value))

@@ -187,11 +187,11 @@ def test_data_file_and_model_go_together(net, tmp_path, monkeypatch):
     assert {name: (tmp_path / name).read_bytes() for name in left_in(tmp_path)} == before
 
 
-def damage(model: ir.Model, name: str) -> None:
+def damage(model: ir.Model, name: str, byte: int = 5) -> None:
     """Change one stored byte of codes."""
     value = model.graph.initializers[name]
     array = value.const_value.numpy().copy()
-    array.flat[5] ^= 0x77
+    array.flat[byte] ^= 0x77
     value.const_value = ir.tensor(array, name=name)
 
 
@@ -231,15 +231,11 @@ def test_a_wrong_activation_quantizer_is_no_rounding_tie(tmp_path, monkeypatch):
 TIE = torch.cat([torch.tensor([[0.0, 3.0, 0.5, 1.2]]), torch.rand(5, 4) * 3])  # the third value is on a tie
 
 
-@pytest.mark.parametrize(("push", "accepted"), [(1e-5, True), (0.3, False)])
-def test_a_code_on_a_tie_may_go_the_other_way_and_no_other(push, accepted, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    config = qgraph.QConfig(qgraph.QuantSpec(4), qgraph.QuantSpec(2, granularity="token", scale="minmax"))
-    net = qgraph.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), config, (TIE,))
+def push_first_quantizer(push, monkeypatch):
+    """Have every file add a little to the first quantizer's positions before they are rounded."""
     lower = exporter.lower
 
     def lower_pushed(model, *args, **kwargs):
-        """Add a little to the first quantizer's positions before they are rounded."""
         lowered = lower(model, *args, **kwargs)
         rounding = next(node for node in model.graph if node.op_type == "Round")
         amount = ir.tensor(np.float32(push), name="push")
@@ -251,6 +247,16 @@ def test_a_code_on_a_tie_may_go_the_other_way_and_no_other(push, accepted, tmp_p
         return lowered
 
     monkeypatch.setattr(exporter, "lower", lower_pushed)
+
+
+TWO_BITS = qgraph.QConfig(qgraph.QuantSpec(4), qgraph.QuantSpec(2, granularity="token", scale="minmax"))
+
+
+@pytest.mark.parametrize(("push", "accepted"), [(1e-5, True), (0.3, False)])
+def test_a_code_on_a_tie_may_go_the_other_way_and_no_other(push, accepted, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = qgraph.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), TWO_BITS, (TIE,))
+    push_first_quantizer(push, monkeypatch)
     if not accepted:
         error = refuses(net, tmp_path / "m.onnx", (TIE,), match="the first layer that differs is 0")
         assert "quantizer" in str(error)
@@ -260,6 +266,38 @@ def test_a_code_on_a_tie_may_go_the_other_way_and_no_other(push, accepted, tmp_p
     got = ort.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"input": TIE.numpy()})[0]
     off = np.abs(got - net.eval()(TIE).detach().numpy()).max(1) > 1e-4
     assert off.tolist() == [True, False, False, False, False, False]
+
+
+class CallsTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        return self.second(h) + torch.tanh(self.second(h * h))
+
+
+def test_a_tie_before_a_layer_that_is_called_twice(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = qgraph.prepare(CallsTwice(), TWO_BITS, (TIE,))
+    push_first_quantizer(1e-5, monkeypatch)
+    report = export(net, tmp_path / "m.onnx", (TIE,), dynamic_shapes={})
+    assert report.flips >= 1 and max(layer.max_difference for layer in report.layers) < 1e-4
+
+
+def test_a_layer_that_is_called_twice_and_wrong_is_named(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = qgraph.prepare(CallsTwice(), "W4", (TIE,))
+    lower = exporter.lower
+
+    def lower_wrongly(model, *args, **kwargs):
+        lowered = lower(model, *args, **kwargs)
+        damage(model, "second.weight.packed", 0)
+        return lowered
+
+    monkeypatch.setattr(exporter, "lower", lower_wrongly)
+    refuses(net, tmp_path / "m.onnx", (TIE,), match="the first layer that differs is second")
 
 
 def test_a_kernel_that_rounds_too_much_gives_way_to_a_plain_product(tmp_path, monkeypatch):
