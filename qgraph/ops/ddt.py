@@ -28,8 +28,10 @@ from torch import Tensor
 from qgraph.config import QuantSpec
 from qgraph.ops import ddt_cpu, native
 from qgraph.ops.codes import nonzero_scale, outside, round_affine, round_linear, step_and_offset, work_dtype
+from qgraph.ops.vmapped import vmapped
 
 
+@vmapped
 class DDT(torch.autograd.Function):
     """`y, stats = DDT.apply(dense, sparse, spec, known)`: denoised values and the statistics that define them.
 

@@ -20,8 +20,10 @@ from torch import Tensor
 from qgraph.config import QuantSpec
 from qgraph.errors import ConfigError
 from qgraph.ops.codes import is_binary, mean_magnitude, round_linear, work_dtype
+from qgraph.ops.vmapped import vmapped
 
 
+@vmapped
 class LearnedStep(torch.autograd.Function):
     """`LearnedStep.apply(x, step, spec, sparse, count)`; `count` is how many values share one step.
 

@@ -32,6 +32,7 @@ from qgraph.ops import native
 from qgraph.ops.ddt import DDT
 from qgraph.ops.groups import Groups
 from qgraph.ops.sparsity import apply_mask, sparsify
+from qgraph.ops.vmapped import vmapped
 
 DEFAULT_LIMIT = 1 << 30  # bytes that all values held in a process may take
 
@@ -163,6 +164,7 @@ class Memo:
         return Memo, ()
 
 
+@vmapped
 class _Pruned(torch.autograd.Function):
     """A value computed before, with the backward pass of `sparsify`: the identity."""
 

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.ops.codes import mean_magnitude, middle, work_dtype
+from qgraph.ops.vmapped import vmapped
 
 CLIP = 0.99
 
 
+@vmapped
 class StretchedElastic(torch.autograd.Function):
     """`StretchedElastic.apply(x, size, spec, sparse, count)`; `count` is how many values the tensor has.
 

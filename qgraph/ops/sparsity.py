@@ -16,6 +16,7 @@ from qgraph.config import SparsitySpec
 from qgraph.ops import eager, native, selection
 from qgraph.ops.groups import Groups
 from qgraph.ops.sharded import is_sharded, on_whole
+from qgraph.ops.vmapped import vmapped
 
 CHUNK = 1 << 19  # values a thread that comparisons of runs go over at a time, to stay in cache
 SEARCHED = 1 << 14  # from so many values on a search is faster than a selection
@@ -87,6 +88,7 @@ def _mask(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
     return along.from_rows(keep, w.shape)
 
 
+@vmapped
 class _Sparsify(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
@@ -105,6 +107,7 @@ class _Sparsify(torch.autograd.Function):
         return grads[0], None, None
 
 
+@vmapped
 class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgraph.ops.vmapped import vmapped
 
+
+@vmapped
 class SparseRefined(torch.autograd.Function):
     """`SparseRefined.apply(pruned, w, decay)` is `pruned`; gradients are `h` of it and `decay (w - pruned)` of `w`."""
 

@@ -26,8 +26,10 @@ from qgraph.ops.codes import (
     step_and_offset,
     work_dtype,
 )
+from qgraph.ops.vmapped import vmapped
 
 
+@vmapped
 class StraightThrough(torch.autograd.Function):
     """`s q + b` with the identity as gradient, also where codes are clipped, as in BitNet b1.58."""
 
@@ -49,6 +51,7 @@ class StraightThrough(torch.autograd.Function):
         return grads[0], None, None
 
 
+@vmapped
 class AbsMean(torch.autograd.Function):
     """`y = m + s (q - c)` with `s = k mean|x - m|`, `m` the mean (linear: 0), `c` the middle of the levels, and the
     gradient flowing through s and m as well.

@@ -30,6 +30,21 @@ class Vmapped(nn.Module):
 
 
 @trap(rows(4), opaque=True)
+class Ensembled(nn.Module):
+    """One network's forward, batched over the stacked parameters of several."""
+
+    def __init__(self):
+        super().__init__()
+        self.members = nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)) for _ in range(3))
+
+    def forward(self, x):
+        named = [dict(member.named_parameters()) for member in self.members]
+        stacked = {name: torch.stack([own[name] for own in named]) for name in named[0]}
+        first = self.members[0]
+        return torch.vmap(lambda own: torch.func.functional_call(first, own, (x,)))(stacked).mean(0)
+
+
+@trap(rows(4), opaque=True)
 class Functionalized(nn.Module):
     """A hypernetwork: the weights of one network are computed by another."""
 
