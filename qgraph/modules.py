@@ -25,6 +25,7 @@ from qgraph.ops.sharded import whole
 from qgraph.ops.sparsity import apply_mask
 from qgraph.ops.sr_ste import SparseRefined
 from qgraph.ops.static import FixedScale
+from qgraph.ops.vmapped import is_batched
 from qgraph.ranges import RunningRange
 
 
@@ -216,11 +217,13 @@ class WeightQuantizer(Quantizer):
         if run.exporting:
             run.emitted.add(self.site)
             return torch.ops.qgraph.weight(weight if dense is None else dense, self.site)
-        if run.collected is not None or self.scale_dtype != torch.float32:
+        collecting = run.collected is not None and not is_batched(weight)  # else it is many weights, and gone after
+        if collecting or self.scale_dtype != torch.float32:
             pruned = None if dense is None else dense.detach()
             deployed = quantize(weight.detach(), self.spec, self.groups, dense=pruned, step=self.step)
             deployed = deployed.with_scales_of(self.scale_dtype)
-            if run.collected is not None:
+            if collecting:
+                assert run.collected is not None
                 run.collected.add_weight(self.site, deployed)
             if self.scale_dtype != torch.float32:
                 return deployed.dequantize().to(weight.dtype)

@@ -71,15 +71,15 @@ class Owner:
             found = self._get(
                 f"{placed.key}.sparsifier",
                 f"{placed.site}:sparsifier",
-                lambda: Sparsifier(sparsity, groups, placed.site, alone),
+                lambda site: Sparsifier(sparsity, groups, placed.site, alone),
                 lambda m: m.planned == sparsity,
             )
             sparsifier = found
         if config.weight is not None:
             spec = config.weight
 
-            def make() -> WeightQuantizer:
-                made = WeightQuantizer(spec, groups, placed.site)
+            def make(site: str) -> WeightQuantizer:
+                made = WeightQuantizer(spec, groups, site)
                 if spec.learns:
                     made.initialize_step(example())
                 return made
@@ -96,12 +96,14 @@ class Owner:
         return self._get(
             placed.key,
             placed.site,
-            lambda: ActivationQuantizer(spec, groups, placed.site),
+            lambda site: ActivationQuantizer(spec, groups, site),
             lambda m: (m.planned, m.groups) == (spec, groups),
         )
 
-    def _get(self, key: str, site: str, make: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
-        """The module at `key`, else the one that another module already has for the same site, else a new one."""
+    def _get(self, key: str, site: str, make: Callable[[str], Any], fits: Callable[[Any], bool]) -> Any:
+        """The module at `key`, else the one that another module already has for the same site, else a new one: a weight
+        that is used twice in different ways (rows here, columns there; other bits by a rule) has two sites.
+        """
         name = key.replace(".", "__")
         container = self.module._modules.get("qgraph")
         if container is None:
@@ -111,18 +113,20 @@ class Owner:
         return container[name] if name in container else self._place(container, name, site, make, fits)
 
     def _place(
-        self, container: Quantizers, name: str, site: str, make: Callable[[], Any], fits: Callable[[Any], bool]
+        self, container: Quantizers, name: str, site: str, make: Callable[[str], Any], fits: Callable[[Any], bool]
     ) -> Any:
         with _placing:  # two threads may meet a site for the first time: it gets one quantizer
             if name in container:
                 return container[name]
-            found = self.shared.quantizers.get(site)
-            if found is None or not fits(found):
-                found = make()
+            names = (site, *(f"{site}:{number}" for number in range(2, 100)))
+            own = next(n for n in names if (known := self.shared.quantizers.get(n)) is None or fits(known))
+            found = self.shared.quantizers.get(own)
+            if found is None:
+                found = make(own)
                 found.enabled = not self.shared.is_off(found.site)
                 for setting in self.shared.settings.values():
                     setting.apply(found)
-                self.shared.quantizers.setdefault(site, found)
+                self.shared.quantizers[own] = found
             container[name] = found
             return found
 

@@ -16,6 +16,7 @@ from qgraph.capture.calls import transformed
 from qgraph.capture.source import locate
 from qgraph.capture.state import ModuleState, find_attribute, is_weight
 from qgraph.capture.structure import tensors_in, walk
+from qgraph.ops.vmapped import is_batched
 from qgraph.placement import Placed, Site, place
 from qgraph.sites import CONSTANT, DATA, Source, combine, site_call, swaps_last_two
 
@@ -144,16 +145,7 @@ class OperandTracker:
 
 def _quantized(quantizer: Any, x: Tensor) -> Tensor:
     """An activation, quantized; inside vmap the values of one group may lie across its batch: left float there."""
-    return x if _batched(x) else quantizer(x)
-
-
-def _batched(x: Tensor) -> bool:
-    """Whether a vmap, under whatever other transforms, runs over a tensor."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return True
-        x = torch._C._functorch.get_unwrapped(x)
-    return False
+    return x if is_batched(x) else quantizer(x)
 
 
 def _outside_transforms(weight: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -11,6 +11,15 @@ from torch import Tensor
 T = TypeVar("T", bound=type[torch.autograd.Function])
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether a vmap, under whatever other transforms, runs over a tensor."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
 def vmapped(function: T) -> T:
     """Give an autograd Function a rule for ``torch.vmap``."""
     function.vmap = staticmethod(functools.partial(_each, function))  # type: ignore[method-assign]

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from qgraph.config import QuantSpec, SparsitySpec
-from qgraph.modules import Sparsifier, WeightQuantizer
+from qgraph.config import QuantSpec
 from qgraph.ops import Groups, fake_quantize
 
 SPECS = [

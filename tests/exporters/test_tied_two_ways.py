@@ -1,0 +1,55 @@
+"""One weight in two roles, by other groups or other bits in each: two quantizers, two layers of the file."""
+
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qgraph
+from tests.models import GPT
+
+
+class Mirrored(nn.Module):
+    """Decodes with the encoder's weight turned round."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return F.linear(self.encode(x).tanh(), self.encode.weight.t())
+
+
+class MirroredConvolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Conv2d(3, 6, 4, 2, 1)
+
+    def forward(self, x):
+        return F.conv_transpose2d(self.encode(x).relu(), self.encode.weight, None, 2, 1)
+
+
+@pytest.mark.parametrize("target", ["ort", "standard"])
+@pytest.mark.parametrize("config", ["W2", "A4W1", "W8-2:4"])
+@pytest.mark.parametrize(("make", "shape"), [(Mirrored, (3, 6)), (MirroredConvolution, (2, 3, 8, 8))])
+def test_a_decoder_with_the_encoders_weight(make, shape, config, target, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    prepared = qgraph.prepare(make(), config, (x,)).eval()
+    qgraph.export(prepared, tmp_path / "m.onnx", (x,), target=target, progress=False)
+    (out,) = ort.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), prepared(x), rtol=1e-4, atol=1e-5)
+    assert sorted(qgraph.unpack(tmp_path / "m.onnx")) == ["encode.weight", "encode.weight:2"]
+
+
+def test_a_tied_head_with_bits_of_its_own(tmp_path):
+    x = torch.randint(0, 33, (2, 7))
+    config = qgraph.QConfig.parse("W4").with_rules(qgraph.Rule("head", "W8"))
+    prepared = qgraph.prepare(GPT(), config, (x,)).eval()
+    report = qgraph.export(prepared, tmp_path / "m.onnx", (x,), progress=False)
+    bits = [layer.spec.bits for layer in report.layers if layer.path == "wte"]
+    assert bits == [4, 8]
+    fresh = qgraph.prepare(GPT(), config, (x,)).eval()
+    fresh.load_state_dict(prepared.state_dict())
+    assert torch.equal(fresh(x), prepared(x))
