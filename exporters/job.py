@@ -162,6 +162,15 @@ def prepare_job(
     return job
 
 
+def collect_again(job: Job, python: bool) -> None:
+    """Go on with the modules' own Python, or with their graphs: a graph has one quantizer for all uses of one value, in
+    Python each use has its own.
+    """
+    job.python = python
+    with collecting(python) as job.collected:
+        run_eagerly(job.flat, job.flat.inputs.tensors)
+
+
 def _round_scales(job: Job) -> None:
     """Let the working copy compute with the scales that are stored, and note how far that is from the trained model."""
     dtype = job.options.scale_dtype

@@ -16,9 +16,9 @@ import onnx_ir as ir
 from rich.console import Console
 from torch import Tensor, nn
 
-from qgraph.errors import ExportError
+from qgraph.errors import CalibrationError, ExportError
 from qgraph.exporters.assemble import as_stored, assemble, describe
-from qgraph.exporters.job import Job, Say, check_arguments, prepare_job
+from qgraph.exporters.job import Job, Say, check_arguments, collect_again, prepare_job
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
 from qgraph.exporters.lowering.qdq import FOUR_BITS, TWO_BITS, TWO_BITS_IR
 from qgraph.exporters.naming import (
@@ -154,13 +154,16 @@ def _first_that_works(
         found: tuple[ExportError, str] | None = None
         final = False
         for python in (False, True) if job.may_run_python else (False,):
-            job.python = python
             try:
+                if python is not job.python:
+                    collect_again(job, python)
                 return _build_exactly(job, plan, folder, path, verify)
             except WrongFile as error:
                 if not (error.shape_only or python):
                     raise
                 found = found or (error, "the file was wrong at another size")
+            except CalibrationError:  # a use that in graphs shares another's range
+                assert found is not None
             except _TraceFailed as error:
                 found = found or (error.explained, "torch.export made it a constant")
                 final = error.final

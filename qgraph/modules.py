@@ -113,10 +113,12 @@ def _behaving(**changes: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collecting() -> Iterator[Collected]:
-    """Record what each quantizer would deploy while the model runs (in eval, without gradients)."""
+def collecting(python: bool = False) -> Iterator[Collected]:
+    """Record what each quantizer would deploy while the model runs (in eval, without gradients); `python` as in
+    `exporting`.
+    """
     collected = Collected()
-    with _behaving(collected=collected):
+    with _behaving(collected=collected, python=python):
         yield collected
 
 

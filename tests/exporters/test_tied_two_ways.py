@@ -53,3 +53,25 @@ def test_a_tied_head_with_bits_of_its_own(tmp_path):
     fresh = qgraph.prepare(GPT(), config, (x,)).eval()
     fresh.load_state_dict(prepared.state_dict())
     assert torch.equal(fresh(x), prepared(x))
+
+
+class SharesItsInput(nn.Module):
+    """One value for several products, in a forward whose graph holds for one size: its Python is exported."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.t = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6, 2, 3))
+
+    def forward(self, x):
+        expanded = self.w.expand(x.shape[0], -1, -1)
+        y = torch.baddbmm(x[:, None, :], x[:, None, :], expanded)[:, 0]
+        return y + torch.mm(x, self.w) + torch.tensordot(x, self.t, dims=([1], [0])).flatten(1)
+
+
+def test_an_export_of_python_has_a_quantizer_for_each_use_of_a_value(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(3, 6)
+    prepared = qgraph.prepare(SharesItsInput(), "A4W2", (x,)).eval()
+    qgraph.export(prepared, tmp_path / "m.onnx", (x,), progress=False)
+    (out,) = ort.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), prepared(x), rtol=1e-4, atol=1e-5)
