@@ -375,9 +375,9 @@ def _real_uses(value: ir.Value) -> Iterator[Use]:
 
 def _unknown(site: str) -> ExportError:
     return ExportError(
-        f"export: the traced graph quantizes {site!r}, which the eager run did not; expected the same sites in both; where "
-        "the weight is multiplied inside torch.vmap, call the members of its batch one by one; else the model takes "
-        "another path under torch.export: make that branch independent of it"
+        f"export: the traced graph quantizes {site!r}, which the eager run did not; expected the same sites in both; "
+        "where the weight is multiplied inside torch.vmap, call the members of its batch one by one; else the "
+        "model takes another path under torch.export: make that branch independent of it"
     )
 
 
