@@ -12,6 +12,7 @@ from benchmarks.accuracy.plan import best_rate, of
 
 Rows = list[dict[str, Any]]
 NEAR = 0.02
+SWEEP = 3  # rates: a method that was run at fewer is not compared
 STANDINGS = (
     "method",
     "settings",
@@ -80,6 +81,7 @@ class _Standing:
 
 def _compared(study: str, setting: str, rows: Rows) -> dict[str, _Standing]:
     runs = {m: of(study, setting, m, rows) for m in SETTINGS[setting].methods}
+    runs = {m: own for m, own in runs.items() if sum(r["seed"] == 0 for r in own) >= SWEEP}
     best = {m: best_rate(study, setting, m, rows) for m, own in runs.items() if own}
     losses = {m: statistics.mean(r["loss"] for r in runs[m] if r["rate"] == rate) for m, rate in best.items() if rate}
     if len(losses) < 2:

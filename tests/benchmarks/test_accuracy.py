@@ -86,10 +86,20 @@ def test_tables_order_by_loss_and_mark_divergence():
 
 def test_standings_compare_by_the_best_method_of_each_setting():
     base = {"score": 0.5, "steps": 4, "flips": [], "curve": [2.0], "diverged": None}
-    rows = [{**row(rate, loss), **base} for rate, loss in ((1e-2, 2.5), (2e-2, 2.51), (4e-2, 3.0))]
-    rows += [{**row(1e-2, 2.0), **base, "method": "ste", "diverged": "not finite"}]
-    rows += [{**row(1e-2, 2.2), **base, "setting": "W1"}, {**row(1e-2, 2.31), **base, "setting": "W1", "method": "ste"}]
-    rows += [{**row(1e-2, 1.0), **base, "setting": "W4"}, {**row(1e-2, 1.1), **base, "setting": "W4", "method": "ste"}]
+    losses = {
+        ("A1W1", "ddt"): (2.5, 2.51, 3.0),
+        ("A1W1", "ste"): (2.0, 2.2, 2.3),
+        ("W1", "ddt"): (2.2, 2.4, 2.5),
+        ("W1", "ste"): (2.31, 2.5, 2.5),
+        ("W1", "seq"): (1.0,),  # not swept
+        ("W4", "ddt"): (1.0, 1.1, 1.2),  # not so few bits
+    }
+    rows = [
+        {**row(10.0 ** (i - 3), loss), **base, "setting": setting, "method": method}
+        for (setting, method), sweep in losses.items()
+        for i, loss in enumerate(sweep)
+    ]
+    rows[3]["diverged"] = "not finite"
     ste, ddt = tables.standings(rows).splitlines()[2:]
-    assert ste == "| ste | 2 | 2.5 | 5.0 | 1 | 1 of 2 | 1.0 |"
-    assert ddt == "| ddt | 2 | 12.5 | 25.0 | 1 | 0 of 4 | 1.5 |"
+    assert ste == "| ste | 2 | 2.5 | 5.0 | 1 | 1 of 6 | 1.0 |"
+    assert ddt == "| ddt | 2 | 12.5 | 25.0 | 1 | 0 of 6 | 1.5 |"
