@@ -205,6 +205,7 @@ class WeightQuantizer(Quantizer):
     """
 
     scale_dtype = torch.float32  # an export sets another in its copy of a model: scales are rounded to it
+    sparsity: SparsitySpec | None = None  # what the config prunes its operand by
 
     def __init__(self, spec: QuantSpec, groups: Groups, site: str) -> None:
         super().__init__(spec, groups, site)

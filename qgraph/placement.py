@@ -6,6 +6,7 @@ demand and live under the child `qgraph` of the module whose forward makes the c
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -65,26 +66,32 @@ class Owner:
             swapped = _other_axis(operand.axis) if operand.swapped is None else operand.swapped
             operand = replace(operand, axis=swapped)
         groups = groups_for_weight(config.weight, operand)
+        sparsity = config.sparsity
         sparsifier = quantizer = None
-        if (sparsity := config.sparsity) is not None:
-            alone = config.weight is None
-            found = self._get(
-                f"{placed.key}.sparsifier",
-                f"{placed.site}:sparsifier",
-                lambda site: Sparsifier(sparsity, groups, placed.site, alone),
-                lambda m: m.planned == sparsity,
-            )
-            sparsifier = found
-        if config.weight is not None:
-            spec = config.weight
+        if (spec := config.weight) is not None:
 
             def make(site: str) -> WeightQuantizer:
                 made = WeightQuantizer(spec, groups, site)
+                made.sparsity = sparsity
                 if spec.learns:
                     made.initialize_step(example())
                 return made
 
-            quantizer = self._get(placed.key, placed.site, make, lambda m: (m.planned, m.groups) == (spec, groups))
+            quantizer = self._get(
+                placed.key,
+                placed.site,
+                make,
+                lambda m: (m.planned, m.sparsity, m.groups) == (spec, sparsity, groups),
+            )
+        if sparsity is not None:
+            alone = quantizer is None
+            site = placed.site if alone else quantizer.site
+            sparsifier = self._get(
+                f"{placed.key}.sparsifier",
+                site if alone else f"{site}:sparsifier",
+                lambda name: Sparsifier(sparsity, groups, name if alone else site, alone),
+                lambda m: (m.planned, m.groups) == (sparsity, groups),
+            )
         return sparsifier, quantizer
 
     def activation(self, placed: Placed, call: SiteCall) -> ActivationQuantizer | None:
@@ -118,7 +125,7 @@ class Owner:
         with _placing:  # two threads may meet a site for the first time: it gets one quantizer
             if name in container:
                 return container[name]
-            names = (site, *(f"{site}:{number}" for number in range(2, 100)))
+            names = (site if number == 1 else f"{site}:{number}" for number in itertools.count(1))
             own = next(n for n in names if (known := self.shared.quantizers.get(n)) is None or fits(known))
             found = self.shared.quantizers.get(own)
             if found is None:

@@ -5,7 +5,6 @@ Left to itself the compiler would take up every frame of that Python, and of our
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from types import FunctionType, ModuleType
@@ -42,7 +41,7 @@ def _outside(body: Callable[..., Any], *args: Any, children: bool) -> Any:
 
 
 # The public torch.compiler.disable imports the compiler at once, seconds of work that most imports of us never need.
-outside_graphs = functools.wraps(_outside)(torch._compile._disable_dynamo(_outside, recursive=False))
+outside_graphs = torch._compile._disable_dynamo(_outside, recursive=False)
 
 
 def run_child(run: Callable[..., Any], state: ModuleState, compiler: Any, args: tuple[Any, ...]) -> Any:

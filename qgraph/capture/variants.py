@@ -7,7 +7,6 @@ signature of the arguments, the mode, attributes, guards), and a call of another
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import os
 import sys
@@ -175,10 +174,11 @@ def _compilable(graph: fx.Graph) -> fx.Graph:
         return graph
     from qgraph.ops.grouped import grouped_mm
 
-    copied = copy.copy(graph)
-    for node in copied.nodes:
+    copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        nodes[node] = copied.node_copy(node, nodes.__getitem__)
         if node.op == "call_function" and name_of(node.target) in EAGER_ONLY:
-            node.target = grouped_mm
+            nodes[node].target = grouped_mm
     return copied
 
 

@@ -184,6 +184,7 @@ class Grouped(nn.Module):
 def test_grouped_products_of_float32_are_compiled_with_their_gradients():
     args = (torch.randn(9, 16, requires_grad=True), torch.tensor([4, 9], dtype=torch.int32))
     prepared = qgraph.prepare(Grouped(), "W4", args)
+    assert "torch._grouped_mm(" in str(qgraph.inspect(prepared).graphs[""])  # the graph is as the model wrote it
     compiled = torch.compile(prepared, backend="aot_eager", fullgraph=True)
     out, expected = compiled(*args), prepared(*args)
     torch.testing.assert_close(out, expected)

@@ -187,7 +187,7 @@ def test_data_file_and_model_go_together(net, tmp_path, monkeypatch):
     assert {name: (tmp_path / name).read_bytes() for name in left_in(tmp_path)} == before
 
 
-def damage(model: ir.Model, name: str, byte: int = 5) -> None:
+def damage(model: ir.Model, name: str, byte: int) -> None:
     """Change one stored byte of codes."""
     value = model.graph.initializers[name]
     array = value.const_value.numpy().copy()
@@ -195,18 +195,22 @@ def damage(model: ir.Model, name: str, byte: int = 5) -> None:
     value.const_value = ir.tensor(array, name=name)
 
 
-@pytest.mark.parametrize("config", ["W4", "A8W4", "A4W4"])
-def test_a_wrong_file_is_never_left(config, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    net = qgraph.prepare(Net(), config, (X,))
+def damage_every_file(name: str, monkeypatch, byte: int = 5) -> None:
     lower = exporter.lower
 
     def lower_wrongly(model, *args, **kwargs):
         lowered = lower(model, *args, **kwargs)
-        damage(model, "fc2.weight.packed")
+        damage(model, name, byte)
         return lowered
 
     monkeypatch.setattr(exporter, "lower", lower_wrongly)
+
+
+@pytest.mark.parametrize("config", ["W4", "A8W4", "A4W4"])
+def test_a_wrong_file_is_never_left(config, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = qgraph.prepare(Net(), config, (X,))
+    damage_every_file("fc2.weight.packed", monkeypatch)
     error = refuses(net, tmp_path / "m.onnx", (X,), match="does not compute what the model does")
     assert "the first layer that differs is fc2" in str(error)
     assert left_in(tmp_path) == []
@@ -289,14 +293,7 @@ def test_a_tie_before_a_layer_that_is_called_twice(tmp_path, monkeypatch):
 def test_a_layer_that_is_called_twice_and_wrong_is_named(tmp_path, monkeypatch):
     torch.manual_seed(0)
     net = qgraph.prepare(CallsTwice(), "W4", (TIE,))
-    lower = exporter.lower
-
-    def lower_wrongly(model, *args, **kwargs):
-        lowered = lower(model, *args, **kwargs)
-        damage(model, "second.weight.packed", 0)
-        return lowered
-
-    monkeypatch.setattr(exporter, "lower", lower_wrongly)
+    damage_every_file("second.weight.packed", monkeypatch, byte=0)
     refuses(net, tmp_path / "m.onnx", (TIE,), match="the first layer that differs is second")
 
 

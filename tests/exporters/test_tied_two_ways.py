@@ -31,25 +31,29 @@ class MirroredConvolution(nn.Module):
 
 
 @pytest.mark.parametrize("target", ["ort", "standard"])
-@pytest.mark.parametrize("config", ["W2", "A4W1", "W8-2:4"])
+@pytest.mark.parametrize("config", ["W2", "A4W1", "W8-2:4", "2:4"])
 @pytest.mark.parametrize(("make", "shape"), [(Mirrored, (3, 6)), (MirroredConvolution, (2, 3, 8, 8))])
 def test_a_decoder_with_the_encoders_weight(make, shape, config, target, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(shape)
     prepared = qgraph.prepare(make(), config, (x,)).eval()
-    qgraph.export(prepared, tmp_path / "m.onnx", (x,), target=target, progress=False)
+    report = qgraph.export(prepared, tmp_path / "m.onnx", (x,), target=target, progress=False)
+    assert {layer.sparsity for layer in report.layers if layer.path == "encode"} == {"2:4" if "2:4" in config else None}
     (out,) = ort.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(out), prepared(x), rtol=1e-4, atol=1e-5)
     assert sorted(qgraph.unpack(tmp_path / "m.onnx")) == ["encode.weight", "encode.weight:2"]
 
 
-def test_a_tied_head_with_bits_of_its_own(tmp_path):
+@pytest.mark.parametrize(
+    ("head", "expected"), [("W8", (8, None)), ("W4-2:4", (4, "2:4")), ("2:4", (None, "2:4")), (None, None)]
+)
+def test_a_tied_head_with_a_config_of_its_own(head, expected, tmp_path):
     x = torch.randint(0, 33, (2, 7))
-    config = qgraph.QConfig.parse("W4").with_rules(qgraph.Rule("head", "W8"))
+    config = qgraph.QConfig.parse("W4").with_rules(qgraph.Rule("head", head))
     prepared = qgraph.prepare(GPT(), config, (x,)).eval()
     report = qgraph.export(prepared, tmp_path / "m.onnx", (x,), progress=False)
-    bits = [layer.spec.bits for layer in report.layers if layer.path == "wte"]
-    assert bits == [4, 8]
+    found = [(la.spec and la.spec.bits, la.sparsity) for la in report.layers if la.path == "wte"]
+    assert found == [(4, None), *([] if expected is None else [expected])]
     fresh = qgraph.prepare(GPT(), config, (x,)).eval()
     fresh.load_state_dict(prepared.state_dict())
     assert torch.equal(fresh(x), prepared(x))
