@@ -85,7 +85,7 @@ class Owner:
             )
         if sparsity is not None:
             alone = quantizer is None
-            site = placed.site if alone else quantizer.site
+            site = placed.site if quantizer is None else quantizer.site
             sparsifier = self._get(
                 f"{placed.key}.sparsifier",
                 site if alone else f"{site}:sparsifier",
