@@ -261,11 +261,19 @@ class ActivationQuantizer(Quantizer):
             return torch.ops.qgraph.activation(x, self.site)
         if self.range is not None:
             return self._static(x, self.range)
-        if self.step is not None and not torch.compiler.is_compiling() and not bool(self.step.any()):
-            self.initialize_step(x)
+        if self.step is not None:
+            self._begin(x, self.step)
         if run.collected is not None:
             run.collected.activations[self.site] = ActivationForm(self.spec, self.groups, self.step)
         return fake_quantize(x, self.spec, self.groups, step=self.step)
+
+    def _begin(self, x: Tensor, step: nn.Parameter) -> None:
+        """Let a step that is not yet initialized be that of `x`; compiled code cannot branch on it, and selects."""
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                step.copy_(torch.where(step == 0, initial_step(x.detach(), self.spec, self.groups), step))
+        elif not bool(step.any()):
+            self.initialize_step(x)
 
     def _static(self, x: Tensor, range: RunningRange) -> Tensor:
         run = run_state()

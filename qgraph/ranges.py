@@ -57,7 +57,7 @@ class RunningRange(nn.Module):
         if not torch.compiler.is_compiling():
             self.require(site)
         step, zero = self.scale()
-        return fake_quantize_static(x, step, zero, self.gain.float(), self.spec)
+        return fake_quantize_static(x, self.spec, step=step, zero=zero, gain=self.gain.float())
 
     def _quantize_and_learn(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -69,7 +69,8 @@ class RunningRange(nn.Module):
             if self.spec.method == "ddt":
                 gain = static_gain(wide, static_codes(wide, step, zero, self.spec), step, self.spec.lam).float()
             self._average(low, high, gain)
-        return fake_quantize_static(x, step, zero, None if self.spec.method == "ddt" else gain, self.spec)
+        known = None if self.spec.method == "ddt" else gain
+        return fake_quantize_static(x, self.spec, step=step, zero=zero, gain=known)
 
     def _average(self, low: Tensor, high: Tensor, gain: Tensor) -> None:
         finite = torch.isfinite(low) & torch.isfinite(high)

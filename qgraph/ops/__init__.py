@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.ops import eager, reference
-from qgraph.ops.codes import is_binary, scale_is_mean
+from qgraph.ops.codes import scale_is_mean
+from qgraph.ops.compiled import one_call
 from qgraph.ops.ddt import DDT
 from qgraph.ops.groups import Groups
 from qgraph.ops.lsq import LearnedStep, lsq_initial_step, required_step
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 
+@one_call(QuantSpec, Groups)
 def fake_quantize(
     x: Tensor, spec: QuantSpec, groups: Groups, *, dense: Tensor | None = None, step: Tensor | None = None
 ) -> Tensor:
@@ -68,9 +70,6 @@ def fake_quantize(
         if spec.method == "ddt" and dense is not None:
             x = x.detach()  # it gets no gradient here, and none is not what backward of a gathering takes
         return on_whole(lambda t: fake_quantize(t, spec, groups, dense=whole(dense), step=whole(step)), x)
-    # torch.compile makes symbols of the numbers of specs that vary, and then fails where two calls share one;
-    # evaluated and hashed here, they are guarded constants.
-    hash((spec, spec.levels, is_binary(spec), scale_is_mean(spec), groups))
     if x.numel() == 0:
         return x.clone()
     if eager.has_tangent(x):  # forward-mode differentiation asks for what the fast versions have not
@@ -108,6 +107,7 @@ def fake_quantize(
     return groups.join(results, x.shape)
 
 
+@one_call(QuantSpec, Groups)
 @torch.no_grad()
 def initial_step(x: Tensor, spec: QuantSpec, groups: Groups) -> Tensor:
     """A start for the learned step of methods "lsq" and "seq", shape `groups.shape(x.shape)`, float32 or wider."""

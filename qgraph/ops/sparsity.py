@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qgraph.config import SparsitySpec
 from qgraph.ops import eager, native, selection
+from qgraph.ops.compiled import one_call
 from qgraph.ops.groups import Groups
 from qgraph.ops.sharded import is_sharded, on_whole
 from qgraph.ops.vmapped import vmapped
@@ -22,6 +23,7 @@ CHUNK = 1 << 19  # values a thread that comparisons of runs go over at a time, t
 SEARCHED = 1 << 14  # from so many values on a search is faster than a selection
 
 
+@one_call(SparsitySpec, Groups)
 def sparsify(w: Tensor, sparsity: SparsitySpec, groups: Groups) -> Tensor:
     """`w` with the values that `sparsity_mask` does not keep set to 0; the gradient is the identity.
 

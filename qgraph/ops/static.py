@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qgraph.config import QuantSpec
 from qgraph.ops.codes import nonzero_scale, work_dtype
+from qgraph.ops.compiled import one_call
 from qgraph.ops.sharded import is_sharded, on_whole
 
 
@@ -58,7 +59,10 @@ def static_gain(x: Tensor, q: Tensor, step: Tensor, lam: float) -> Tensor:
     return ((x / step) * q).mean() / torch.where(ridge == 0, 1, ridge)
 
 
-def fake_quantize_static(x: Tensor, step: Tensor, zero: Tensor, gain: Tensor | None, spec: QuantSpec) -> Tensor:
+@one_call(QuantSpec)
+def fake_quantize_static(
+    x: Tensor, spec: QuantSpec, *, step: Tensor, zero: Tensor, gain: Tensor | None = None
+) -> Tensor:
     """`x` at a fixed scale; differentiable.
 
     Parameters
@@ -76,8 +80,7 @@ def fake_quantize_static(x: Tensor, step: Tensor, zero: Tensor, gain: Tensor | N
         `gain` within the range and 0 where values are clipped.
     """
     if is_sharded(x):
-        return on_whole(lambda t: fake_quantize_static(t, step, zero, gain, spec), x)
-    hash((spec, spec.levels))  # guarded constants under torch.compile, as in `fake_quantize`
+        return on_whole(lambda t: fake_quantize_static(t, spec, step=step, zero=zero, gain=gain), x)
     if gain is None:
         return StaticDenoised.apply(x, step, zero, spec)
     return StaticRounded.apply(x, step, zero, gain, spec)

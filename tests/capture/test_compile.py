@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import qgraph
 from qgraph.graph import STATE
+from qgraph.modules import Quantizer, Sparsifier
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +97,38 @@ def test_sizes_that_torch_compile_keeps_open_stay_open():
     for batch in (2, 3, 4, 5, 6):
         compiled(torch.randn(batch, 5, 16))
     assert len(compiled.graphs) == 2  # one for the first size, one for any
+
+
+LEARNED = qgraph.QConfig(qgraph.QuantSpec(4, method="lsq"), qgraph.QuantSpec(8, granularity="token", method="lsq"))
+
+
+@pytest.mark.parametrize("config", ["A4W1-2:4", "A2W1.58@3", "-50%", LEARNED], ids=str)
+def test_every_quantizer_is_one_call_of_the_graph(config):
+    x = rows()
+    prepared = qgraph.prepare(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)), config, (x,))
+    compiled = Compiled(prepared)
+    assert torch.equal(compiled(x), prepared(x))
+    (graph,) = compiled.graphs
+    called = [node.target.__name__ for node in graph.graph.nodes if node.op == "call_function"]
+    kinds = {"fake_quantize": Quantizer, "sparsify": Sparsifier}
+    planned = {name: sum(isinstance(m, kind) for m in prepared.modules()) for name, kind in kinds.items()}
+    assert {name: called.count(name) for name in kinds} == planned
+
+
+def test_a_learned_step_of_an_activation_begins_in_compiled_code_as_in_eager():
+    x = rows()
+    prepared = qgraph.prepare(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)), LEARNED, (x,))
+    eager = copy.deepcopy(prepared)
+    losses = []
+    for model, run in ((eager, eager), (prepared, torch.compile(prepared, backend="aot_eager", fullgraph=True))):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = run(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-5) and losses[2] < losses[0]
 
 
 def test_one_tensor_given_twice_is_another_kind_of_call():

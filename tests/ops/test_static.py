@@ -42,7 +42,7 @@ def test_eight_bits_are_quantize_linear(scheme, seed):
     x = torch.randn(7, 33) * 2 + seed  # some of it outside the range
     spec = spec_of(8, scheme)
     step, zero = static_scale(torch.tensor(-1.5), torch.tensor(4.0), spec)
-    y = fake_quantize_static(x, step, zero, torch.ones(()), spec)
+    y = fake_quantize_static(x, spec, step=step, zero=zero, gain=torch.ones(()))
     wanted = onnx_quantized(x.numpy(), float(step), int(zero), scheme == "linear")
     assert torch.equal(y, torch.from_numpy(wanted))
 
@@ -52,7 +52,7 @@ def test_zero_is_always_a_value(low, high):
     for spec in (spec_of(8, "affine"), spec_of(4, "affine"), spec_of(4, "linear")):
         step, zero = static_scale(torch.tensor(low), torch.tensor(high), spec)
         assert zero == zero.round() and spec.levels[0] <= zero <= spec.levels[1]
-        assert fake_quantize_static(torch.zeros(3), step, zero, torch.ones(()), spec).eq(0).all()
+        assert fake_quantize_static(torch.zeros(3), spec, step=step, zero=zero, gain=torch.ones(())).eq(0).all()
 
 
 def test_denoised_gradient_is_that_of_the_formula():
@@ -61,7 +61,7 @@ def test_denoised_gradient_is_that_of_the_formula():
     h = torch.randn(200, dtype=torch.float64)
     spec = spec_of(3, "affine", "ddt")
     step, zero = static_scale(torch.tensor(-2.0).double(), torch.tensor(3.0).double(), spec)
-    (grad,) = torch.autograd.grad(fake_quantize_static(x, step, zero, None, spec), x, h)
+    (grad,) = torch.autograd.grad(fake_quantize_static(x, spec, step=step, zero=zero), x, h)
     f = x / step
     q = f + (static_codes(x, step, zero, spec) - f).detach()  # rounding and clipping are constants
     (wanted,) = torch.autograd.grad(q * step * static_gain(x, q, step, spec.lam), x, h)
@@ -72,7 +72,7 @@ def test_clipped_values_pass_no_gradient():
     spec = spec_of(8, "linear")
     step, zero = static_scale(torch.tensor(-1.0), torch.tensor(1.0), spec)
     x = torch.tensor([-3.0, -0.5, 0.5, 3.0, float("nan")], requires_grad=True)
-    y = fake_quantize_static(x, step, zero, torch.ones(()), spec)
+    y = fake_quantize_static(x, spec, step=step, zero=zero, gain=torch.ones(()))
     y.sum().backward()
     assert x.grad is not None and x.grad[:4].tolist() == [0, 1, 1, 0]
     assert y.isnan().tolist() == [False] * 4 + [True]
