@@ -73,7 +73,7 @@ class LayerSensitivity:
 class SensitivityReport:
     """What `sensitivity` found, the costliest first; `print` it.
 
-    `cached` says what of the activations was kept, why evaluations were run in full, or which layers are not ranked.
+    `cached` says what of the activations was kept, why evaluations were run in full, or which layers are left out.
     """
 
     title: str
@@ -120,6 +120,7 @@ def sensitivity(
     lower_is_better: bool = False,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     batches: Iterable[Any] | None = None,
+    first: int | None = None,
     resume: str | os.PathLike[str] | None = None,
     cache_bytes: int = 1 << 30,
     progress: bool = True,
@@ -148,6 +149,9 @@ def sensitivity(
         A mean over samples, with a gradient; for how="gradient", which does without `evaluate`.
     batches : iterable, optional
         What `loss` is given. Samples are the first dimension of every layer's output.
+    first : int, optional
+        Evaluate only this many layers: those that "gradient", by `loss` and `batches`, ranks first. Layers that it does
+        not rank are evaluated too. Where there are many layers, a fraction of the time for the few that hurt.
     cache_bytes : int
         How much of the activations to keep, on their device; 0 runs each evaluation in full. Nothing is kept of a
         model that draws random numbers, nor with gradients, nor where a check finds that it changes the score.
@@ -177,7 +181,11 @@ def sensitivity(
     if how == "gradient":
         if resume is not None:
             raise InspectError("sensitivity: how='gradient' keeps no scores. Leave resume= out, it takes two passes.")
+        if first is not None:
+            raise InspectError("sensitivity: how='gradient' ranks every layer at once. Leave first= out.")
         return _by_gradient(prepared, loss, batches, progress)
+    if first is not None and (not isinstance(first, int) or first < 1):
+        raise InspectError(f"sensitivity: found first={first!r}. Expected a number of layers, at least 1.")
     if not callable(evaluate):
         raise InspectError("sensitivity: needs evaluate, a function of the model that returns a number.")
     scores = _Scores(prepared, evaluate, None if resume is None else Path(resume), Replay(prepared, cache_bytes))
@@ -186,6 +194,8 @@ def sensitivity(
     if not layers:
         raise InspectError(NONE_ACTIVE)
     everything = {id(module) for held in layers.values() for module in held}
+    behind = [] if first is None else _behind(_by_gradient(prepared, loss, batches, progress), first)
+    layers = {name: held for name, held in layers.items() if name not in behind}
     units = [("layer", name, held) for name, held in layers.items()] + [("kind", *item) for item in kinds.items()]
     with progress_bar(progress, len(units) + 2, "sensitivity") as advance:
         advance()
@@ -209,6 +219,7 @@ def sensitivity(
         for score in (scores.found[f"{how} {kind} {name}"],)
     ]
     ranked = sorted(rows, key=lambda row: -row.cost)
+    left_out = f"not evaluated, behind by gradient: {', '.join(behind)}" if behind else ""
     return SensitivityReport(
         title_of(prepared),
         how,
@@ -217,8 +228,13 @@ def sensitivity(
         scores.found["quantized"],
         tuple(row for row in ranked if row.kind == "layer"),
         tuple(row for row in ranked if row.kind == "kind"),
-        scores.replay.note() if missing else "",
+        "; ".join(filter(None, (scores.replay.note() if missing else "", left_out))),
     )
+
+
+def _behind(ranking: SensitivityReport, first: int) -> list[str]:
+    """The layers that come after the `first` of a ranking."""
+    return [row.name for row in ranking.layers[first:]]
 
 
 def _by_gradient(
@@ -230,7 +246,7 @@ def _by_gradient(
     given = list(batches or ())
     if loss is None or not given:
         raise InspectError(
-            "sensitivity: how='gradient' needs loss=, a function (model, batch), and batches=, one or more of them."
+            "sensitivity: the gradient needs loss=, a function (model, batch), and batches=, one or more of them."
         )
 
     def mean_loss(batch: Any, name: str) -> Tensor:

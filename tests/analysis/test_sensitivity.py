@@ -219,12 +219,63 @@ def test_the_gradient_ranks_as_evaluations_do():
     assert all(parameter.grad is None for parameter in prepared.parameters())
 
 
+@pytest.mark.parametrize("how", ["quantized", "float"])
+def test_only_those_that_the_gradient_ranks_first_are_evaluated(how):
+    from torch import nn
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.cut = nn.ModuleList(nn.Linear(8, 8) for _ in range(6)), nn.Linear(8, 8)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + torch.tanh(layer(x))
+            return x + self.cut(x).detach()  # which no gradient ranks
+
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 12, 8), torch.randn(5, 12, 8)
+    model = Chain()
+    with torch.no_grad():
+        model.layers[3].weight[0, 0] = 40  # one value stretches the scale of its row
+        model.layers[1].weight[:, 0] = 20
+    prepared = qgraph.prepare(model, "W3", (x,))
+    runs = []
+
+    def evaluate(m):
+        runs.append(0)
+        with torch.no_grad():
+            return F.mse_loss(m(x), y)
+
+    def loss(m, batch):
+        return F.mse_loss(m(batch[0]), batch[1])
+
+    whole = qgraph.sensitivity(prepared, evaluate, how=how, lower_is_better=True)
+    runs.clear()
+    found = qgraph.sensitivity(
+        prepared, evaluate, how=how, lower_is_better=True, loss=loss, batches=iter([(x, y)]), first=2, cache_bytes=0
+    )
+    order = [row.name for row in qgraph.sensitivity(prepared, how="gradient", loss=loss, batches=[(x, y)]).layers]
+    evaluated = {row.name: row.score for row in found.layers}
+    unranked = {row.name for row in whole.layers} - set(order)
+    assert unranked == {"cut"} and evaluated.keys() == {*order[:2], "cut"} and found.kinds == whole.kinds
+    assert evaluated == {row.name: row.score for row in whole.layers if row.name in evaluated}
+    assert len(runs) == (3 if how == "float" else 2) + len(evaluated) + len(found.kinds)
+    assert found.cached.endswith("not evaluated, behind by gradient: " + ", ".join(order[2:]))
+
+
 def test_wrong_use_of_the_gradient_is_said():
     model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
     prepared = qgraph.prepare(model, "W2", inputs)
     gradient = functools.partial(qgraph.sensitivity, prepared, how="gradient", batches=[inputs])
     with pytest.raises(InspectError, match=r"Leave resume= out"):
         gradient(loss=lambda m, b: m(*b).sum(), resume="scores.json")
+    with pytest.raises(InspectError, match=r"Leave first= out"):
+        gradient(loss=lambda m, b: m(*b).sum(), first=3)
+    with pytest.raises(InspectError, match=r"found first=0. Expected a number of layers"):
+        qgraph.sensitivity(prepared, lambda m: 1.0, first=0)
+    with pytest.raises(InspectError, match=r"needs loss=.* and batches="):
+        qgraph.sensitivity(prepared, lambda m: 1.0, first=3)
     with pytest.raises(InspectError, match="needs evaluate"):
         qgraph.sensitivity(prepared)
     with pytest.raises(InspectError, match=r"needs loss=.* and batches="):
