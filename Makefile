@@ -24,9 +24,8 @@ TORCH := torch==$(TORCH_VERSION)$(TORCH_LOCAL)
 demo: $(STAMP)
 	$(BIN)/qgraph demo $(ARGS)
 
-# One torch thread a worker: two workers fill the two cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 # Every model of tests/zoo, each in a process of its own: minutes. ARGS="--check capture,compile,export" for all checks.
 zoo: $(STAMP)

@@ -105,7 +105,7 @@ def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
             numbers.add(node)
         sources[node] = node_source(node, sources, numbers, owner)
         name = function_name(node)
-        call = site_call(name, node.args, node.kwargs, rank) if name else None
+        call = getattr(node.target, "site", None) or (site_call(name, node.args, node.kwargs, rank) if name else None)
         if call is None:
             continue
         operands = [unquantized(operand.get(node.args, node.kwargs)) for operand in call.operands]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -61,10 +61,7 @@ class Owner:
         config = self.config
         if config is None or (config.weight is None and config.sparsity is None):
             return None, None
-        operand = placed.operand
-        if placed.source.transposed and operand.axis is not None:
-            swapped = _other_axis(operand.axis) if operand.swapped is None else operand.swapped
-            operand = replace(operand, axis=swapped)
+        operand = placed.operand.transposed() if placed.source.transposed else placed.operand
         groups = groups_for_weight(config.weight, operand)
         sparsity = config.sparsity
         sparsifier = quantizer = None
@@ -183,8 +180,3 @@ def _placed_weight(
     number = ordinal(name, i)
     key = f"{name}_{number}" if number else f"{name}.derived"
     return Placed(operand, source, key, f"{prefix}{key}")
-
-
-def _other_axis(axis: int) -> int:
-    """The channel axis of a two-dimensional weight, seen through a transpose."""
-    return {0: 1, 1: 0, -1: 0, -2: 1}[axis]

@@ -45,6 +45,13 @@ class Operand:
             return (*args[: self.position], new, *args[self.position + 1 :]), kwargs
         return args, {**kwargs, self.keyword: new}
 
+    def transposed(self) -> Operand:
+        """The operand before its last two dimensions were exchanged."""
+        if self.axis is None:
+            return self
+        swapped = {0: 1, 1: 0, -1: 0, -2: 1}[self.axis] if self.swapped is None else self.swapped
+        return replace(self, axis=swapped, swapped=None if self.swapped is None else self.axis)
+
 
 @dataclass(frozen=True, slots=True)
 class SiteCall:
@@ -84,12 +91,17 @@ def combine(name: str, sources: Iterable[Source], transposes_last_two: bool = Fa
     if not parameters:
         return CONSTANT
     if len(found) == 1 and parameters[0].exact:
-        if name in _SAME:
+        if keeps_values(name):
             return parameters[0]
         if name in _TRANSPOSES and transposes_last_two:
             return Source("parameter", parameters[0].names, True, not parameters[0].transposed)
     names = dict.fromkeys(n for s in parameters for n in s.names)
     return Source("parameter", tuple(names))
+
+
+def keeps_values(name: str) -> bool:
+    """Whether the function gives its operand again, element by element."""
+    return name in _SAME
 
 
 def swaps_last_two(name: str, args: Sequence[Any], ndim: int) -> bool:

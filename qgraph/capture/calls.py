@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgraph.sites import SiteCall
+
 SIZE_READS = frozenset({"size", "__len__", "numel", "nelement"})
 PROPERTY_READS = frozenset({
     "dim", "is_floating_point", "is_complex", "is_contiguous", "stride", "is_signed", "element_size", "ndimension",
@@ -89,10 +91,11 @@ def node_target(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[st
 
 
 class Apply:
-    """The `apply` of a torch.autograd.Function as a function of a graph."""
+    """The `apply` of a torch.autograd.Function as a function of a graph; a site where its forward multiplies."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
+        self.site: SiteCall | None = None
         self.__name__ = f"{function.__name__}_apply"
         self.__module__ = __name__
         self.__qualname__ = self.__name__

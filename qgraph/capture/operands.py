@@ -18,7 +18,7 @@ from qgraph.capture.state import ModuleState, find_attribute, is_weight
 from qgraph.capture.structure import tensors_in, walk
 from qgraph.ops.vmapped import is_batched
 from qgraph.placement import Placed, Site, place
-from qgraph.sites import CONSTANT, DATA, Source, combine, site_call, swaps_last_two
+from qgraph.sites import CONSTANT, DATA, SiteCall, Source, combine, site_call, swaps_last_two
 
 
 class OperandTracker:
@@ -89,8 +89,10 @@ class OperandTracker:
     def at(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], quantize: bool) -> tuple[Any, Any]:
         """The arguments to run a call with: at a site, its operands quantized (when `quantize`)."""
         call = site_call(name, args, kwargs, lambda t: t.dim() if isinstance(t, Tensor) else 0)
-        if call is None:
-            return args, kwargs
+        return (args, kwargs) if call is None else self.at_call(call, args, kwargs, quantize)
+
+    def at_call(self, call: SiteCall, args: tuple[Any, ...], kwargs: dict[str, Any], quantize: bool) -> tuple[Any, Any]:
+        """The same for a call whose operands are known."""
         values = [operand.get(args, kwargs) for operand in call.operands]
         sources = [self.source(value) for value in values]
         site = place(call, sources, self.owner, lambda key, i: self._ordinal(key, values[i]))

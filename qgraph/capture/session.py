@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from qgraph.capture.checkpointing import REENTRANT, repeatable
+from qgraph.capture.functions import watched
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import quantized_again
 from qgraph.capture.patches import patched
@@ -45,6 +46,11 @@ def capturing(quantize: bool, reason: str | None = None, where: str | None = Non
         if current() is session:
             _local.session = outer
             active.add(-1)
+
+
+def _copied(value: Any) -> Any:
+    # A copy that asks for a gradient and is no leaf, as what a Function writes into may not be one.
+    return value.detach().requires_grad_(value.requires_grad).clone() if isinstance(value, Tensor) else value
 
 
 def _checkpointed(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
@@ -142,9 +148,30 @@ class Session:
             return original(*plain_args, **plain_kwargs)
         with parent.suspended(plain_args, plain_kwargs):
             versions = parent.values.versions(plain_args, plain_kwargs)
-            result = original(*plain_args, **plain_kwargs)
+            result = self._run_leaf(parent, target, original, plain_args, plain_kwargs)
         with torch._C.DisableTorchFunction(), parent.outside():
             return self._leaf_called(parent, target, args, kwargs, result, versions)
+
+    def _run_leaf(self, parent: Recorder, target: Any, original: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a Function that may be a site; where the run is quantized, a run on copies says what to quantize."""
+        if kwargs or not any(parent.operands.source(value).kind == "parameter" for value in args):
+            return original(*args, **kwargs)
+        if not parent.quantize:
+            result, target.site = watched(target.function, original, args)
+            self._site_of(parent, target, args)
+            return result
+        random = torch.get_rng_state()
+        copies = tuple(map(_copied, args))
+        _, target.site = watched(target.function, original, copies)
+        torch.set_rng_state(random)
+        return original(*self._site_of(parent, target, args))
+
+    def _site_of(self, parent: Recorder, target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Note the site of a Function, if it is one: the arguments to run it with."""
+        if target.site is None:
+            return args
+        with torch._C.DisableTorchFunction():
+            return parent.operands.at_call(target.site, args, {}, parent.quantize)[0]
 
     def _leaf_called(
         self, parent: Recorder, target: Any, args: Any, kwargs: Any, result: Any, versions: dict[int, int]

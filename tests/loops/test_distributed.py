@@ -21,15 +21,6 @@ SPLIT = {  # one scale a weight, so that no shard holds a group whole
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As the ranks have: sums are then of the same order."""
-    previous = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(previous)
-
-
 def worst(ours, theirs):
     """The largest difference of two dicts of tensors, each relative to its largest value."""
     assert ours.keys() == theirs.keys()

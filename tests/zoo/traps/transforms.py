@@ -69,6 +69,52 @@ class Scripted(nn.Module):
         return self.script(self.fc(x))
 
 
+class RowProduct(torch.autograd.Function):
+    """`x w^T + b` with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w)
+        return torch.addmm(b, x, w.t())
+
+    @staticmethod
+    def backward(ctx, h):
+        x, w = ctx.saved_tensors
+        return h @ w, h.t() @ x, h.sum(0)
+
+
+class NormedProduct(torch.autograd.Function):
+    """`x w / mean |x|`, in the form with a context of its own: the input is not only multiplied."""
+
+    @staticmethod
+    def forward(x, w):
+        return x @ w / x.abs().mean(-1, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, h):
+        x, w = ctx.saved_tensors
+        h = h / x.abs().mean(-1, keepdim=True)  # the magnitude taken as constant
+        return h @ w.t(), x.t() @ h
+
+
+@trap(rows(4))
+class CustomFunctions(nn.Module):
+    """Products inside of autograd Functions: their operands are weights of sites, their backward stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6))
+        self.v, self.fc = nn.Parameter(torch.randn(6, 5)), nn.Linear(5, 2)
+
+    def forward(self, x):
+        h = torch.tanh(RowProduct.apply(x, self.w, self.b))
+        return self.fc(NormedProduct.apply(h, self.v))
+
+
 @trap(rows(4))
 class EnableGrad(nn.Module):
     """Forces: the gradient of an energy, taken inside the forward."""
