@@ -64,10 +64,10 @@ def shorten(graph: ir.Graph, named: Collection[str]) -> None:
     for value in graph.initializers.values():
         value.shape = value.type = None  # the tensor says both
         name = value.name or ""
-        if name.startswith(SHARED) or not ("." in name or name in named):
-            values.append(value)
-        else:
+        if name in named or ("." in name and not name.startswith(SHARED)):
             kept.add(id(value))
+        else:
+            values.append(value)
     values = [value for value in values if id(value) not in kept]
     inside = {name for node in graph for name in _names_inside(node)}
     taken = inside | {v.name for v in (*graph.inputs, *graph.outputs, *graph.initializers.values()) if id(v) in kept}

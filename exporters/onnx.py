@@ -216,7 +216,7 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     owned_by = owners(model.graph)
     thin_names(lowered.nodes)
     drop_defaults(model.graph)
-    shorten(model.graph, own | {item.name for item in report.leftovers})
+    shorten(model.graph, {*own, *(item.name for item in report.leftovers), *lowered.stacked})
     _stamp(model, report)
     file = folder / path.name
     job.say("writing")

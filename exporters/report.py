@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from qgraph.config import QuantSpec
 from qgraph.errors import InspectError
+from qgraph.exporters.packing import shares
 from qgraph.terminal import as_text
 
 LAYERS, CONFIG, VERSION, TARGET, BITS, DYNAMIC, LEFTOVERS = (
@@ -34,7 +35,8 @@ class LayerReport:
 
     `bytes` counts codes, scales and zero points where they are stored, 0 where `shared_with` names another
     layer; `max_difference` is that of the layer's output against torch on the same inputs, relative to the
-    largest value (None: not measured); `axis` is the dimension of the output channels.
+    largest value (None: not measured); `axis` is the dimension of the output channels. `stack` is the name under which
+    it is stored together with others, rows under rows in the order of the layers.
     """
 
     path: str
@@ -52,6 +54,7 @@ class LayerReport:
     max_difference: float | None = None
     notes: tuple[str, ...] = ()
     axis: int = 0
+    stack: str | None = None
 
     @property
     def bits(self) -> float | None:
@@ -190,6 +193,7 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
             "form": layer.form,
             "sparsity": layer.sparsity,
             "shared_with": layer.shared_with,
+            "stack": layer.stack,
         }
         kind = {key: value for key, value in kind.items() if value not in (None, "")}
         if kind not in kinds:
@@ -248,8 +252,8 @@ def _read(path: Path, model: onnx.ModelProto, found: Mapping[str, str]) -> Expor
     leftovers = tuple(
         Leftover(name, sizes.get(name, 0), why) for why, names in json.loads(found[LEFTOVERS]).items() for name in names
     )
-    layers = tuple(
-        _layer(path, shape, content["kinds"][kind], specs, sizes) for path, kind, *shape in content["layers"]
+    layers = _with_shares(
+        [_layer(path, shape, content["kinds"][kind], specs, sizes) for path, kind, *shape in content["layers"]], sizes
     )
     data = path.with_name(f"{path.name}.data")
     return ExportReport(
@@ -291,6 +295,27 @@ def _layer(
         activation=spec("activation"),
         sparsity=kind.get("sparsity"),
         shared_with=kind.get("shared_with"),
+        stack=kind.get("stack"),
+    )
+
+
+def stacks(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
+    """Name of a stack -> its layers, in the order of their rows."""
+    found: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        if layer.stack is not None:
+            found.setdefault(layer.stack, []).append(layer)
+    return found
+
+
+def _with_shares(layers: Sequence[LayerReport], sizes: Mapping[str, int]) -> tuple[LayerReport, ...]:
+    """Layers of a stack with their part of its bytes."""
+    own: dict[str, int] = {}
+    for name, members in stacks(layers).items():
+        parts = shares(stored_bytes(name, sizes), [layer.shape[0] for layer in members])
+        own |= dict(zip(map(site_of, members), parts, strict=True))
+    return tuple(
+        dataclasses.replace(layer, bytes=own[site_of(layer)]) if layer.stack else layer for layer in layers
     )
 
 
