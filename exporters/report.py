@@ -4,9 +4,11 @@ file itself.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ LAYERS, CONFIG, VERSION, TARGET, BITS, DYNAMIC, LEFTOVERS = (
     f"qgraph.{key}" for key in ("layers", "config", "version", "target", "bits_per_weight", "dynamic", "leftovers")
 )
 
+LONGEST = 2**26  # bytes that compressed metadata is taken for
 PARTS = ("packed", "mask", "scale", "zero_point")  # initializers of one weight, `<site>.<part>`
 UNPACKED = "unpacked"  # and of one that is stored as runtimes hold it, `<site>.unpacked`, `<site>.unpacked_1` ..
 PREUNPACKED = "qgraph.packed_bytes"  # in the metadata of a file of such weights: what they would take packed
@@ -163,8 +166,17 @@ class ExportReport:
         return lines
 
 
-def metadata(report: ExportReport, version: str) -> dict[str, str]:
-    """What the file says about itself, for `metadata_props`."""
+def metadata(
+    report: ExportReport, version: str, merged: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, str]:
+    """What the file says about itself, for `metadata_props`.
+
+    Parameters
+    ----------
+    merged : mapping, optional
+        Of a file that is small for its many layers: initializers that hold several float vectors -> their names. What
+        it says of its tensors is compressed then.
+    """
     specs: list[dict[str, Any]] = []
 
     def index(spec: QuantSpec | None) -> int | None:
@@ -202,7 +214,11 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
     leftovers: dict[str, list[str]] = {}
     for item in report.leftovers:
         leftovers.setdefault(item.reason, []).append(item.name)
-    compact: dict[str, Any] = {"separators": (",", ":")}
+    content = {"specs": specs, "kinds": kinds, "layers": rows}
+    if merged is None:
+        tensors = {LAYERS: _json(content), LEFTOVERS: _json(leftovers)}
+    else:
+        tensors = {LAYERS: _compressed(_json({**content, "leftovers": leftovers, "merged": merged}))}
     unpacked = {} if report.packed_bytes is None else {PREUNPACKED: str(report.packed_bytes)}
     return {
         **unpacked,
@@ -210,10 +226,31 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
         CONFIG: report.config,
         TARGET: report.target,
         BITS: f"{report.bits_per_weight:.4f}",
-        DYNAMIC: json.dumps(report.dynamic, **compact),
-        LAYERS: json.dumps({"specs": specs, "kinds": kinds, "layers": rows}, **compact),
-        LEFTOVERS: json.dumps(leftovers, **compact),
+        DYNAMIC: _json(report.dynamic),
+        **tensors,
     }
+
+
+def content_of(model: onnx.ModelProto) -> dict[str, Any]:
+    """What a file of ours says of its tensors: "specs", "kinds", "layers", "leftovers", and "merged" where some are."""
+    found = {item.key: item.value for item in model.metadata_props}
+    if LAYERS not in found:
+        return {}
+    if LEFTOVERS in found:
+        return {**json.loads(found[LAYERS]), "leftovers": json.loads(found[LEFTOVERS])}
+    return dict(json.loads(_decompressed(found[LAYERS])))
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"))
+
+
+def _compressed(text: str) -> str:
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _decompressed(text: str) -> bytes:
+    return zlib.decompressobj().decompress(base64.b64decode(text), LONGEST)
 
 
 def read_report(path: str | Path) -> ExportReport:
@@ -246,11 +283,13 @@ def read_report(path: str | Path) -> ExportReport:
 
 
 def _read(path: Path, model: onnx.ModelProto, found: Mapping[str, str]) -> ExportReport:
-    content = json.loads(found[LAYERS])
+    content = content_of(model)
     specs = [QuantSpec(**spec) for spec in content["specs"]]
     sizes = {item.name: _nbytes(item) for item in model.graph.initializer}
+    for whole, names in content.get("merged", {}).items():
+        sizes |= dict.fromkeys(names, sizes.get(whole, 0) // len(names))
     leftovers = tuple(
-        Leftover(name, sizes.get(name, 0), why) for why, names in json.loads(found[LEFTOVERS]).items() for name in names
+        Leftover(name, sizes.get(name, 0), why) for why, names in content["leftovers"].items() for name in names
     )
     layers = _with_shares(
         [_layer(path, shape, content["kinds"][kind], specs, sizes) for path, kind, *shape in content["layers"]], sizes

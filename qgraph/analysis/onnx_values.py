@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qgraph.analysis.recorded import Recorded
 from qgraph.errors import InspectError
+from qgraph.exporters.merge import separate
 from qgraph.exporters.outline import DOMAIN
 from qgraph.exporters.probe import session_of
 from qgraph.exporters.report import PARTS, ExportReport, read_report
@@ -41,6 +42,7 @@ def record_file(name: str, path: Path, tensors: Mapping[str, Tensor]) -> Recorde
         raise InspectError(f"compare: {name}: {path}: cannot be read: {error}. Export it again.") from error
     if model.ByteSize() > LARGEST:
         raise InspectError(f"compare: {name}: {path}: above 2 GB; expected a file that fits one protobuf.")
+    separate(model)
     plain = onnx.inliner.inline_local_functions(model) if model.functions else model
     values = layer_values(model.graph, plain.graph, report)
     _show(plain.graph, values)
