@@ -166,9 +166,7 @@ class ExportReport:
         return lines
 
 
-def metadata(
-    report: ExportReport, version: str, merged: Mapping[str, Sequence[str]] | None = None
-) -> dict[str, str]:
+def metadata(report: ExportReport, version: str, merged: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
     """What the file says about itself, for `metadata_props`.
 
     Parameters
@@ -353,9 +351,7 @@ def _with_shares(layers: Sequence[LayerReport], sizes: Mapping[str, int]) -> tup
     for name, members in stacks(layers).items():
         parts = shares(stored_bytes(name, sizes), [layer.shape[0] for layer in members])
         own |= dict(zip(map(site_of, members), parts, strict=True))
-    return tuple(
-        dataclasses.replace(layer, bytes=own[site_of(layer)]) if layer.stack else layer for layer in layers
-    )
+    return tuple(dataclasses.replace(layer, bytes=own[site_of(layer)]) if layer.stack else layer for layer in layers)
 
 
 def stored_bytes(site: str, sizes: Mapping[str, int]) -> int:

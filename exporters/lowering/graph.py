@@ -28,7 +28,7 @@ from qgraph.exporters.lowering.linear import (
 )
 from qgraph.exporters.lowering.options import Options
 from qgraph.exporters.lowering.records import DOMAIN, ActivationRecord, WeightRecord
-from qgraph.exporters.lowering.stacking import stack_alike
+from qgraph.exporters.lowering.stacking import stack_alike, turn
 from qgraph.exporters.lowering.static import Statics
 from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation_of, uses_of
 from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
@@ -117,6 +117,7 @@ class _Lowering:
             if node.domain == DOMAIN and node.op_type == "Activation":
                 self._activation(node)
         self.graph.sort()
+        turn(self.graph)
         remove_unused(self.graph)
         self.graph.opset_imports.pop(DOMAIN, None)
         records = {site: self.records[site] for site in map(_site, weights)}

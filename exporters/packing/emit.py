@@ -91,7 +91,6 @@ def _float(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
 def emit_scale(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
     """The scales, float32 (rows, groups); one row and one group with a scale per tensor."""
 
-
     def emit(p: PackedWeight, name: str) -> list[ir.Value]:
         scale = b.initializer(f"{name}.scale", p.arrays["scale"])
         return [scale if p.arrays["scale"].dtype == np.float32 else b.cast(scale, FLOAT, name=f"{name}.unpack")]
