@@ -345,6 +345,17 @@ def stacks(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
     return found
 
 
+def stacked_sites(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Name of a stack in a file -> its weights, in the order of their rows; empty for a file that is not ours."""
+    content = content_of(model)
+    found: dict[str, list[str]] = {}
+    for path, number, *_ in content.get("layers", ()):
+        kind = content["kinds"][number]
+        if "stack" in kind:
+            found.setdefault(kind["stack"], []).append(f"{path}.{kind['operand']}" if path else kind["operand"])
+    return found
+
+
 def _with_shares(layers: Sequence[LayerReport], sizes: Mapping[str, int]) -> tuple[LayerReport, ...]:
     """Layers of a stack with their part of its bytes."""
     own: dict[str, int] = {}

@@ -18,7 +18,7 @@ from qgraph.errors import InspectError
 from qgraph.exporters.merge import separate
 from qgraph.exporters.outline import DOMAIN
 from qgraph.exporters.probe import session_of
-from qgraph.exporters.report import PARTS, ExportReport, read_report
+from qgraph.exporters.report import PARTS, ExportReport, read_report, stacks
 
 CANDIDATES = 8  # the last values of a module: an LSTM has its states after its output
 LARGEST = 2**31  # bytes of a model that protobuf holds in memory
@@ -129,6 +129,8 @@ def _by_parameters(graph: onnx.GraphProto, data: Mapping[str, int], report: Expo
         if "Gather" not in layer.op:  # an embedding is looked up: its rows are unpacked after that
             site = f"{layer.path}.{layer.operand}".strip(".")
             owner |= {f"{site}.{part}": layer.path for part in PARTS}
+    stacked = {name: [layer.path for layer in members] for name, members in stacks(report.layers).items()}
+    owner |= {f"{name}.{part}": name for name in stacked for part in PARTS}
     users = Counter(value for node in graph.node for value in set(node.input))
     for item in report.leftovers:
         module, _, parameter = item.name.rpartition(".")
@@ -141,6 +143,8 @@ def _by_parameters(graph: onnx.GraphProto, data: Mapping[str, int], report: Expo
         owners = [owner[value] for value in node.input if value in owner]
         if owners and any(value in data for value in node.input):
             found[owners[0]] = node.output[0]
+        elif owners and node.op_type == "Split" and owners[0] in stacked:
+            owner |= dict(zip(node.output, stacked[owners[0]], strict=True))
         elif owners and node.op_type not in SIZES:
             owner |= dict.fromkeys(node.output, owners[0])  # the weight, unpacked a step further
     return found
