@@ -24,6 +24,11 @@ SHARED = "qgraph."  # constants that several layers use: tables, shapes, axes
 SCOPES = "pkg.torch.onnx.name_scopes"
 _WINDOWS = ("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool")
 _NEUTRAL = {"strides": 1, "dilations": 1, "pads": 0}  # of each axis, where a window's attribute is left out
+_TOLD = {  # by the weight; momentum is how statistics are learned
+    "Conv": ("kernel_shape",),
+    "ConvTranspose": ("kernel_shape",),
+    "BatchNormalization": ("momentum",),
+}
 
 
 def module_outputs(graph: ir.Graph) -> dict[str, ir.Value]:
@@ -95,8 +100,8 @@ def drop_defaults(graph: ir.Graph) -> None:
                 and set(node.attributes[name].as_ints()) == {neutral}
             ):
                 del node.attributes[name]
-        if node.op_type == "BatchNormalization":  # it says how statistics are learned
-            node.attributes.pop("momentum", None)
+        for name in _TOLD.get(node.op_type, ()):
+            node.attributes.pop(name, None)
         if node.op_type == "Reshape" and "allowzero" in node.attributes and _has_no_zero(node.inputs[1]):
             del node.attributes["allowzero"]
         if node.op_type == "Transpose" and "perm" in node.attributes:

@@ -5,6 +5,7 @@ The names, tensors and unpacking nodes of a small weight take more bytes than it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
@@ -38,7 +39,7 @@ def unstack(whole: Quantized, rows: Sequence[int]) -> list[Quantized]:
 def shares(total: int, rows: Sequence[int]) -> list[int]:
     """Bytes of a stack by its rows, whole numbers that add up to `total`."""
     ends = [total * sum(rows[:i]) // max(1, sum(rows)) for i in range(len(rows) + 1)]
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def rows_of(
