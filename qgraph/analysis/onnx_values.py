@@ -70,14 +70,19 @@ def layer_values(graph: onnx.GraphProto, plain: onnx.GraphProto, report: ExportR
     values: dict[str, list[str]] = {}
     sites = {f"{layer.path}.{layer.operand}".strip("."): layer.path for layer in report.layers}
     tied = {layer.path for layer in report.layers if layer.shared_with or ", " in layer.op}  # whose node is it?
+    last_alone = not any("/" in node.name for node in graph.node)  # of a module's nodes the last one has a name
+    unnamed: list[str] = []
     for node in graph.node:
         outputs = [value for value in node.output if value in order]
         module = _module_of(node, sites)
+        if last_alone and not node.name:
+            unnamed = [*outputs, *unnamed]
         if module is None or module in tied or not outputs:
             continue
         if node.domain == DOMAIN:
             outputs.reverse()  # those of a function are in the order in which it computes them
-        values[module] = [*outputs, *values.get(module, [])][:CANDIDATES]
+        values[module] = [*outputs, *unnamed, *values.get(module, [])][:CANDIDATES]
+        unnamed = []
         for around in _parents(module):
             values[around] = outputs
     for module, output in _by_parameters(plain, order, report).items():
