@@ -71,7 +71,7 @@ def save(model: ir.Model, path: Path) -> None:
         else:
             proto = ir.to_proto(model)
             _shorten_numbers(proto.graph)
-            path.write_bytes(proto.SerializeToString())
+            onnx.save(proto, str(path))
         for part in _parts(path):
             _sync(part)
     except OSError as error:

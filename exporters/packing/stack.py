@@ -21,19 +21,26 @@ from .packed import PackedWeight
 
 def stack(weights: Sequence[Quantized]) -> Quantized:
     """Weights of one kind, whose rows are their first dimension, as one."""
-    fields = ("codes", "scale", "zero_point", "values")
-    parts = {field: [getattr(weight, field) for weight in weights] for field in fields}
-    return replace(weights[0], **{field: _joined(tensors) for field, tensors in parts.items()})
+    return replace(
+        weights[0],
+        codes=_joined([weight.codes for weight in weights]),
+        scale=_joined([weight.scale for weight in weights]),
+        zero_point=_joined([weight.zero_point for weight in weights]),
+        values=_joined([weight.values for weight in weights]),
+    )
 
 
 def unstack(whole: Quantized, rows: Sequence[int]) -> list[Quantized]:
     """The inverse of `stack`."""
-    cut = {
-        field: [None] * len(rows) if tensor is None else list(tensor.split(list(rows)))
-        for field in ("codes", "scale", "zero_point", "values")
-        for tensor in [getattr(whole, field)]
-    }
-    return [replace(whole, **{field: parts[i] for field, parts in cut.items()}) for i in range(len(rows))]
+
+    def cut(tensor: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * len(rows) if tensor is None else tensor.split(list(rows))
+
+    parts = zip(*map(cut, (whole.codes, whole.scale, whole.zero_point, whole.values)), strict=True)
+    return [
+        replace(whole, codes=codes, scale=scale, zero_point=zero_point, values=values)
+        for codes, scale, zero_point, values in parts
+    ]
 
 
 def shares(total: int, rows: Sequence[int]) -> list[int]:
