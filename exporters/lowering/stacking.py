@@ -16,7 +16,7 @@ from qgraph.exporters.packing import Part, pack, shares, stack
 from qgraph.ops import Quantized
 
 MANY = 8  # weights; fewer have tensors of their own, which are easier to read
-OWN = 400  # bytes, about, that a weight takes beside its codes and scales, and
+OWN = 800  # bytes, at most about, that a weight takes beside its codes and scales, and
 SHARE = 0.02  # of those, what it may take
 STACK = f"{SHARED}stack"
 WORTH_TURNING = 3  # parts
