@@ -1,6 +1,6 @@
 """Bytes of exported files beside the bytes of their content: codes, scales, zero points and unquantized floats.
 
-The models are small and deep, where nodes and names count most; their weights are random.
+The models are small and deep, where nodes and names count most; their parameters are random.
 
     python benchmarks/size.py [--configs W1 A4W1-2:4] [--models gpt encoder] [--targets ort standard] [--json FILE]
 """
@@ -28,13 +28,8 @@ SHARE = 1.02  # of the content: what a file may take, and what it takes beyond i
 
 
 def encoder(layers: int, width: int) -> nn.Module:
-    """An nn.TransformerEncoder whose layers differ."""
     layer = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True)
-    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.1)
-    return model
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
@@ -75,7 +70,10 @@ def measure(name: str, config: str, target: Any) -> dict[str, Any]:
 
     make, inputs = MODELS[name]
     torch.manual_seed(0)
-    prepared, x = qgraph.prepare(make(), config).eval(), inputs()
+    model, x = make(), inputs()
+    for parameter in model.parameters():  # else equal ones, fresh norms and biases, were stored once
+        nn.init.normal_(parameter, std=0.1)
+    prepared = qgraph.prepare(model, config).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         report = qgraph.export(prepared, path, (x,), target=target, verify=False, progress=False)

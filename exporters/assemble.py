@@ -111,6 +111,7 @@ def _weight_layer(record: WeightRecord, lowered: Lowered, collected: Collected) 
         activation=activation,
         sparsity=None if sparsity is None else str(sparsity),
         shared_with=record.shared_with,
+        stack=None if record.shared_with or packed.part is None else packed.part.name,
         notes=tuple(notes),
     )
 

@@ -100,7 +100,7 @@ def check_arguments(
             "quantized; expected what qgraph.prepare returns; "
             "call prepared = qgraph.prepare(model, ...) first"
         )
-    return Options(scale_dtype=SCALES[scale_dtype], optimize_for=optimize_for)
+    return Options(scale_dtype=SCALES[scale_dtype], optimize_for=optimize_for, stacked=not preunpacked)
 
 
 def _is_prepared(model: nn.Module) -> bool:

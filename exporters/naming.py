@@ -22,6 +22,13 @@ import torch
 PREFIX = "model."  # the wrapper that flattens inputs and outputs holds the user's model under this name
 SHARED = "qgraph."  # constants that several layers use: tables, shapes, axes
 SCOPES = "pkg.torch.onnx.name_scopes"
+_WINDOWS = ("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool")
+_NEUTRAL = {"strides": 1, "dilations": 1, "pads": 0}  # of each axis, where a window's attribute is left out
+_TOLD = {  # by the weight; momentum is how statistics are learned
+    "Conv": ("kernel_shape",),
+    "ConvTranspose": ("kernel_shape",),
+    "BatchNormalization": ("momentum",),
+}
 
 
 def module_outputs(graph: ir.Graph) -> dict[str, ir.Value]:
@@ -64,10 +71,10 @@ def shorten(graph: ir.Graph, named: Collection[str]) -> None:
     for value in graph.initializers.values():
         value.shape = value.type = None  # the tensor says both
         name = value.name or ""
-        if name.startswith(SHARED) or not ("." in name or name in named):
-            values.append(value)
-        else:
+        if name in named or ("." in name and not name.startswith(SHARED)):
             kept.add(id(value))
+        else:
+            values.append(value)
     values = [value for value in values if id(value) not in kept]
     inside = {name for node in graph for name in _names_inside(node)}
     taken = inside | {v.name for v in (*graph.inputs, *graph.outputs, *graph.initializers.values()) if id(v) in kept}
@@ -84,8 +91,19 @@ def drop_defaults(graph: ir.Graph) -> None:
     """Take out attributes that say what the operator's definition says anyway."""
     for node in graph:
         for name, default in _defaults(node.op_type, node.domain, graph.opset_imports.get(node.domain, 1)).items():
-            if name in node.attributes and node.attributes[name].value == default:
+            if name in node.attributes and _same(node.attributes[name].value, default):
                 del node.attributes[name]
+        for name, neutral in _NEUTRAL.items():
+            if (
+                node.op_type in _WINDOWS
+                and name in node.attributes
+                and set(node.attributes[name].as_ints()) == {neutral}
+            ):
+                del node.attributes[name]
+        for name in _TOLD.get(node.op_type, ()):
+            node.attributes.pop(name, None)
+        if node.op_type == "Reshape" and "allowzero" in node.attributes and _has_no_zero(node.inputs[1]):
+            del node.attributes["allowzero"]
         if node.op_type == "Transpose" and "perm" in node.attributes:
             order = list(node.attributes["perm"].as_ints())
             if order == sorted(order, reverse=True):
@@ -187,12 +205,13 @@ def merge_reshapes(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
+def _has_no_zero(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and 0 not in value.const_value.numpy()
+
+
 def _forgets_shape(user: ir.Node, index: int) -> bool:
     """Whether a node is a Reshape to a shape of its own, whatever the shape of its input."""
-    if user.op_type != "Reshape" or index != 0 or user.inputs[1] is None:
-        return False
-    target = user.inputs[1].const_value
-    return target is not None and 0 not in target.numpy()
+    return user.op_type == "Reshape" and index == 0 and _has_no_zero(user.inputs[1])
 
 
 def _scopes(node: ir.Node) -> list[str]:
@@ -214,6 +233,12 @@ def _defaults(op_type: str, domain: str, opset: int) -> dict[str, Any]:
     attributes = onnx.defs.get_schema(op_type, opset, domain).attributes
     known = {name: attribute.default_value for name, attribute in attributes.items()}
     return {name: onnx.helper.get_attribute_value(value) for name, value in known.items() if value.name}
+
+
+def _same(value: Any, default: Any) -> bool:
+    if isinstance(default, bytes):
+        return bool(value == default.decode())
+    return bool(np.float32(value) == np.float32(default)) if isinstance(default, float) else bool(value == default)
 
 
 def _names_inside(node: ir.Node) -> Iterator[str]:

@@ -21,7 +21,9 @@ from qgraph.exporters.assemble import as_stored, assemble, describe
 from qgraph.exporters.job import Job, Say, check_arguments, collect_again, prepare_job
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
 from qgraph.exporters.lowering.qdq import FOUR_BITS, TWO_BITS, TWO_BITS_IR
+from qgraph.exporters.merge import merge
 from qgraph.exporters.naming import (
+    SHARED,
     drop_defaults,
     merge_reshapes,
     module_names,
@@ -120,9 +122,9 @@ def export(
     return describe(built.report, file_bytes=size, verified=built.verified)
 
 
-# A file above these many bytes for each byte of content, and beside it, has fewer names, and its repeated nodes written
-# once; not a `standard` one, which holds operators of ONNX alone.
-NODE_SHARE, NODE_BYTES = 1.02, 16 * 1024
+# A file above these many bytes for each byte of content, and beside it, has fewer names, short float vectors together,
+# and its repeated nodes written once; not a `standard` one, since not every runtime reads functions.
+NODE_SHARE, NODE_BYTES = 1.02, 4 * 1024
 
 
 @dataclass(slots=True)
@@ -216,11 +218,11 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     owned_by = owners(model.graph)
     thin_names(lowered.nodes)
     drop_defaults(model.graph)
-    shorten(model.graph, own | {item.name for item in report.leftovers})
+    shorten(model.graph, {*own, *(item.name for item in report.leftovers), *lowered.stacked})
     _stamp(model, report)
     file = folder / path.name
     job.say("writing")
-    _save(job, model, owned_by, file, limit=int(NODE_SHARE * report.ideal_bytes) + NODE_BYTES)
+    _save(job, model, report, owned_by, file)
     check(file)
     try:
         verified = _verify(job, plan, file, folder, model, lowered, layers) if verify else None
@@ -233,17 +235,27 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     return _Built(report, verified)
 
 
-def _save(job: Job, model: ir.Model, owned_by: Sequence[str], file: Path, limit: int) -> None:
-    """Write the model, with fewer names and its repeated modules once where it is above `limit` bytes."""
+def _save(job: Job, model: ir.Model, report: ExportReport, owned_by: Sequence[str], file: Path) -> None:
+    """Write the model; where its content is the smaller part of it, in ways that are less easy to read, one by one."""
     modules = {name: type(module).__name__ for name, module in job.model.named_modules()}
-    save(model, file)
-    if file.stat().st_size > limit:
-        module_names(model.graph, modules)
+    limit = int(NODE_SHARE * report.ideal_bytes) + NODE_BYTES
+
+    def fits(model: ir.Model) -> bool:
         save(model, file)
-    if file.stat().st_size > limit and job.target == "ort":
-        outlined = ir.load(file)  # a copy: the comparison layer by layer needs the plain one
-        outline(outlined, owned_by, modules)
-        save(outlined, file)
+        return file.stat().st_size <= limit
+
+    if fits(model):
+        return
+    module_names(model.graph, modules)
+    if fits(model):
+        return
+    small = ir.load(file)  # a copy: the comparison layer by layer needs the plain one
+    merged = merge(small, [item.name for item in report.leftovers])
+    shorten(small.graph, {name for name in small.graph.initializers if name in merged or "." in name})
+    _stamp(small, report, merged)
+    if not fits(small) and job.target == "ort":
+        outline(small, [SHARED] * len(merged) + list(owned_by), modules)
+        save(small, file)
 
 
 def _report(
@@ -308,14 +320,14 @@ def _lost_sites(job: Job, lost: Sequence[str]) -> ExportError:
     )
 
 
-def _stamp(model: ir.Model, report: ExportReport) -> None:
+def _stamp(model: ir.Model, report: ExportReport, merged: Mapping[str, Sequence[str]] | None = None) -> None:
     if model.graph.opset_imports.get("", 0) >= TWO_BITS:
         model.ir_version = max(model.ir_version or 0, TWO_BITS_IR)
     model.producer_name = "qgraph"
     model.producer_version = __version__
     model.doc_string = None
     model.metadata_props.clear()
-    model.metadata_props.update(metadata(report, __version__))
+    model.metadata_props.update(metadata(report, __version__, merged))
 
 
 def _verify(

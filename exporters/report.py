@@ -4,10 +4,12 @@ file itself.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,14 @@ from rich.table import Table
 
 from qgraph.config import QuantSpec
 from qgraph.errors import InspectError
+from qgraph.exporters.packing import shares
 from qgraph.terminal import as_text
 
 LAYERS, CONFIG, VERSION, TARGET, BITS, DYNAMIC, LEFTOVERS = (
     f"qgraph.{key}" for key in ("layers", "config", "version", "target", "bits_per_weight", "dynamic", "leftovers")
 )
 
+LONGEST = 2**26  # bytes that compressed metadata is taken for
 PARTS = ("packed", "mask", "scale", "zero_point")  # initializers of one weight, `<site>.<part>`
 UNPACKED = "unpacked"  # and of one that is stored as runtimes hold it, `<site>.unpacked`, `<site>.unpacked_1` ..
 PREUNPACKED = "qgraph.packed_bytes"  # in the metadata of a file of such weights: what they would take packed
@@ -34,7 +38,8 @@ class LayerReport:
 
     `bytes` counts codes, scales and zero points where they are stored, 0 where `shared_with` names another
     layer; `max_difference` is that of the layer's output against torch on the same inputs, relative to the
-    largest value (None: not measured); `axis` is the dimension of the output channels.
+    largest value (None: not measured); `axis` is the dimension of the output channels. `stack` is the name under which
+    it is stored together with others, rows under rows in the order of the layers.
     """
 
     path: str
@@ -52,6 +57,7 @@ class LayerReport:
     max_difference: float | None = None
     notes: tuple[str, ...] = ()
     axis: int = 0
+    stack: str | None = None
 
     @property
     def bits(self) -> float | None:
@@ -160,8 +166,15 @@ class ExportReport:
         return lines
 
 
-def metadata(report: ExportReport, version: str) -> dict[str, str]:
-    """What the file says about itself, for `metadata_props`."""
+def metadata(report: ExportReport, version: str, merged: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
+    """What the file says about itself, for `metadata_props`.
+
+    Parameters
+    ----------
+    merged : mapping, optional
+        Of a file that is small for its many layers: initializers that hold several float vectors -> their names. What
+        it says of its tensors is compressed then.
+    """
     specs: list[dict[str, Any]] = []
 
     def index(spec: QuantSpec | None) -> int | None:
@@ -190,6 +203,7 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
             "form": layer.form,
             "sparsity": layer.sparsity,
             "shared_with": layer.shared_with,
+            "stack": layer.stack,
         }
         kind = {key: value for key, value in kind.items() if value not in (None, "")}
         if kind not in kinds:
@@ -198,7 +212,11 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
     leftovers: dict[str, list[str]] = {}
     for item in report.leftovers:
         leftovers.setdefault(item.reason, []).append(item.name)
-    compact: dict[str, Any] = {"separators": (",", ":")}
+    content = {"specs": specs, "kinds": kinds, "layers": rows}
+    if merged is None:
+        tensors = {LAYERS: _json(content), LEFTOVERS: _json(leftovers)}
+    else:
+        tensors = {LAYERS: _compressed(_json({**content, "leftovers": leftovers, "merged": merged}))}
     unpacked = {} if report.packed_bytes is None else {PREUNPACKED: str(report.packed_bytes)}
     return {
         **unpacked,
@@ -206,10 +224,31 @@ def metadata(report: ExportReport, version: str) -> dict[str, str]:
         CONFIG: report.config,
         TARGET: report.target,
         BITS: f"{report.bits_per_weight:.4f}",
-        DYNAMIC: json.dumps(report.dynamic, **compact),
-        LAYERS: json.dumps({"specs": specs, "kinds": kinds, "layers": rows}, **compact),
-        LEFTOVERS: json.dumps(leftovers, **compact),
+        DYNAMIC: _json(report.dynamic),
+        **tensors,
     }
+
+
+def content_of(model: onnx.ModelProto) -> dict[str, Any]:
+    """What a file of ours says of its tensors: "specs", "kinds", "layers", "leftovers", and "merged" where some are."""
+    found = {item.key: item.value for item in model.metadata_props}
+    if LAYERS not in found:
+        return {}
+    if LEFTOVERS in found:
+        return {**json.loads(found[LAYERS]), "leftovers": json.loads(found[LEFTOVERS])}
+    return dict(json.loads(_decompressed(found[LAYERS])))
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"))
+
+
+def _compressed(text: str) -> str:
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _decompressed(text: str) -> bytes:
+    return zlib.decompressobj().decompress(base64.b64decode(text), LONGEST)
 
 
 def read_report(path: str | Path) -> ExportReport:
@@ -242,14 +281,16 @@ def read_report(path: str | Path) -> ExportReport:
 
 
 def _read(path: Path, model: onnx.ModelProto, found: Mapping[str, str]) -> ExportReport:
-    content = json.loads(found[LAYERS])
+    content = content_of(model)
     specs = [QuantSpec(**spec) for spec in content["specs"]]
     sizes = {item.name: _nbytes(item) for item in model.graph.initializer}
+    for whole, names in content.get("merged", {}).items():
+        sizes |= dict.fromkeys(names, sizes.get(whole, 0) // len(names))
     leftovers = tuple(
-        Leftover(name, sizes.get(name, 0), why) for why, names in json.loads(found[LEFTOVERS]).items() for name in names
+        Leftover(name, sizes.get(name, 0), why) for why, names in content["leftovers"].items() for name in names
     )
-    layers = tuple(
-        _layer(path, shape, content["kinds"][kind], specs, sizes) for path, kind, *shape in content["layers"]
+    layers = _with_shares(
+        [_layer(path, shape, content["kinds"][kind], specs, sizes) for path, kind, *shape in content["layers"]], sizes
     )
     data = path.with_name(f"{path.name}.data")
     return ExportReport(
@@ -291,7 +332,37 @@ def _layer(
         activation=spec("activation"),
         sparsity=kind.get("sparsity"),
         shared_with=kind.get("shared_with"),
+        stack=kind.get("stack"),
     )
+
+
+def stacks(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
+    """Name of a stack -> its layers, in the order of their rows."""
+    found: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        if layer.stack is not None:
+            found.setdefault(layer.stack, []).append(layer)
+    return found
+
+
+def stacked_sites(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Name of a stack in a file -> its weights, in the order of their rows; empty for a file that is not ours."""
+    content = content_of(model)
+    found: dict[str, list[str]] = {}
+    for path, number, *_ in content.get("layers", ()):
+        kind = content["kinds"][number]
+        if "stack" in kind:
+            found.setdefault(kind["stack"], []).append(f"{path}.{kind['operand']}" if path else kind["operand"])
+    return found
+
+
+def _with_shares(layers: Sequence[LayerReport], sizes: Mapping[str, int]) -> tuple[LayerReport, ...]:
+    """Layers of a stack with their part of its bytes."""
+    own: dict[str, int] = {}
+    for name, members in stacks(layers).items():
+        parts = shares(stored_bytes(name, sizes), [layer.shape[0] for layer in members])
+        own |= dict(zip(map(site_of, members), parts, strict=True))
+    return tuple(dataclasses.replace(layer, bytes=own[site_of(layer)]) if layer.stack else layer for layer in layers)
 
 
 def stored_bytes(site: str, sizes: Mapping[str, int]) -> int:

@@ -119,8 +119,18 @@ def subtracted_from(x: Tensor, other: Any, alpha: float = 1) -> Any:
     return (-x if alpha == 1 else x * -alpha) + other
 
 
+def unmasked_attention(*args: Any, **kwargs: Any) -> Any:
+    """matmul and softmax, a third of the nodes that torch writes.
+
+    With a mask torch's own form stays: it says what becomes of a row without any key.
+    """
+    masked = kwargs.get("attn_mask") is not None or (len(args) > 3 and args[3] is not None)
+    return NotImplemented if masked else attention(*args, **kwargs)
+
+
 ALWAYS: Mapping[str, Callable[..., Any]] = {
     **DECOMPOSITIONS,
+    F.scaled_dot_product_attention.__name__: unmasked_attention,
     "grouped_mm": grouped_product,
     "_grouped_mm": grouped_product,
     "grouped_mm_fallback": grouped_product,

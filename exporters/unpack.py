@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
@@ -14,9 +14,10 @@ import onnx
 from qgraph.config import QuantSpec
 from qgraph.errors import InspectError
 from qgraph.exporters.lowering import qdq
-from qgraph.exporters.packing import PackedWeight, pack, restore
+from qgraph.exporters.packing import PackedWeight, pack, restore, unstack
 from qgraph.exporters.packing import unpack as unpack_weight
-from qgraph.exporters.report import PARTS, LayerReport, read_report, site_of
+from qgraph.exporters.report import PARTS, LayerReport, read_report, site_of, stacks
+from qgraph.ops import Quantized
 from qgraph.ops.groups import GroupKind, Groups
 
 
@@ -73,7 +74,8 @@ def unpack(path: str | Path) -> dict[str, Unpacked]:
             "export it without that option"
         )
     arrays = _initializers(path)
-    packed: dict[str, PackedWeight] = {}
+    stacked = stacks(report.layers)
+    whole: dict[str, _Whole] = {}
     found: dict[str, Unpacked] = {}
     for layer in report.layers:
         if not layer.shape:
@@ -81,10 +83,10 @@ def unpack(path: str | Path) -> dict[str, Unpacked]:
         site = site_of(layer)
         stored = layer.shared_with or site
         try:
-            if stored not in packed:
-                packed[stored] = _packed(stored, layer, arrays)
-            found[site] = _unpacked(packed[stored], layer)
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            if stored not in whole:
+                whole |= _read(stacked.get(layer.stack or "", [layer]), layer.stack or stored, arrays)
+            found[site] = _unpacked(*whole[stored], layer)
+        except (ValueError, IndexError, KeyError, OverflowError, RuntimeError) as error:
             raise InspectError(
                 f"{path}: the weight {site} cannot be unpacked: {error}; expected a file as qgraph.export wrote it; "
                 "it is damaged: export it again"
@@ -101,6 +103,20 @@ def _initializers(path: Path) -> dict[str, np.ndarray]:
             f"{path}: its tensors cannot be read ({error}); expected a file as qgraph.export wrote it, its data file "
             "beside it; export it again"
         ) from error
+
+
+_Whole = tuple[Quantized, str]  # and its format
+
+
+def _read(layers: Sequence[LayerReport], name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, _Whole]:
+    """A weight, or all of a stack, by their names."""
+    first, rows = layers[0], [layer.shape[0] for layer in layers]
+    if any(layer.shape[1:] != first.shape[1:] for layer in layers):
+        raise ValueError(f"found shapes {sorted({layer.shape for layer in layers})} in one stack")
+    packed = _packed(name, replace(first, shape=(sum(rows), *first.shape[1:])), arrays)
+    parts = unstack(unpack_weight(packed), rows) if len(layers) > 1 else [unpack_weight(packed)]
+    names = map(site_of, layers) if len(layers) > 1 else [name]
+    return {site: (part, packed.format) for site, part in zip(names, parts, strict=True)}
 
 
 def _packed(site: str, layer: LayerReport, arrays: Mapping[str, np.ndarray]) -> PackedWeight:
@@ -122,18 +138,17 @@ def _groups(layer: LayerReport) -> Groups:
     return Groups(cast(GroupKind, kind), layer.axis)
 
 
-def _unpacked(packed: PackedWeight, layer: LayerReport) -> Unpacked:
-    quantized = unpack_weight(packed)
+def _unpacked(quantized: Quantized, format: str, layer: LayerReport) -> Unpacked:
     codes = None if quantized.codes is None else quantized.codes.numpy()
     weight = quantized.dequantize().numpy()
     return Unpacked(
         weight=weight,
         codes=codes,
         scale=None if quantized.scale is None else quantized.scale.numpy(),
-        zero_point=packed.arrays.get("zero_point"),
-        mask=((weight if codes is None else codes) != 0) if packed.sparse else None,
-        spec=packed.spec,
-        groups=packed.groups,
-        format=packed.format,
+        zero_point=None if quantized.zero_point is None else quantized.zero_point.numpy(),
+        mask=((weight if codes is None else codes) != 0) if quantized.sparse else None,
+        spec=quantized.spec,
+        groups=quantized.groups,
+        format=format,
         shared_with=layer.shared_with,
     )

@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 
 from qgraph.errors import ExportError
@@ -67,11 +69,23 @@ def save(model: ir.Model, path: Path) -> None:
         if size > EXTERNAL_ABOVE:
             ir.save(model, path, external_data=f"{path.name}.data")
         else:
-            ir.save(model, path)
+            proto = ir.to_proto(model)
+            _shorten_numbers(proto.graph)
+            onnx.save(proto, str(path))
         for part in _parts(path):
             _sync(part)
     except OSError as error:
         raise _failed(path.name, error) from error
+
+
+def _shorten_numbers(graph: onnx.GraphProto) -> None:
+    """Whole numbers, of shapes and of sizes, in as many bytes as they need where that is fewer than eight each."""
+    for tensor in graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT64 and tensor.raw_data:
+            short = onnx.TensorProto(int64_data=np.frombuffer(tensor.raw_data, np.int64))
+            if short.ByteSize() < len(tensor.raw_data):
+                tensor.ClearField("raw_data")
+                tensor.MergeFrom(short)
 
 
 def move_into_place(source: Path, target: Path) -> int:

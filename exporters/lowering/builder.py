@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import onnx
@@ -16,6 +16,7 @@ import onnx_ir as ir
 DEFAULT_OPSET = 18
 IR_VERSION = 10  # onnxruntime >= 1.18 reads it, and it has every type up to int4
 MICROSOFT = "com.microsoft"
+T = TypeVar("T")
 
 
 class GraphBuilder:
@@ -45,7 +46,7 @@ class GraphBuilder:
         self.graph = graph
         self.nodes: list[ir.Node] = []  # what this builder added, in order
         self._anchor: ir.Node | None = None
-        self._made: dict[Hashable, ir.Value] = {}
+        self._made: dict[Hashable, Any] = {}
         self._names = _names_of(graph)
 
     @property
@@ -92,11 +93,11 @@ class GraphBuilder:
         key = ("constant", array.dtype.str, array.shape, array.tobytes())
         return self.once(key, lambda: self.initializer(self.unique(f"qgraph.{hint}"), array))
 
-    def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` computed the first time it was asked for under `key`."""
         if key not in self._made:
             self._made[key] = make()
-        return self._made[key]
+        return cast(T, self._made[key])
 
     def ints(self, values: Sequence[int]) -> ir.Value:
         """A shared int64 vector (axes, shapes, slice bounds)."""

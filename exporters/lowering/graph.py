@@ -28,6 +28,7 @@ from qgraph.exporters.lowering.linear import (
 )
 from qgraph.exporters.lowering.options import Options
 from qgraph.exporters.lowering.records import DOMAIN, ActivationRecord, WeightRecord
+from qgraph.exporters.lowering.stacking import stack_alike, turn
 from qgraph.exporters.lowering.static import Statics
 from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation_of, uses_of
 from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
@@ -42,6 +43,12 @@ class Lowered:
     weights: dict[str, WeightRecord]
     activations: list[ActivationRecord]
     nodes: list[ir.Node]  # all that were added
+
+    @property
+    def stacked(self) -> set[str]:
+        """Names of the initializers that hold several weights."""
+        parts = [record.packed.part for record in self.weights.values()]
+        return {f"{part.name}.{array}" for part in parts if part is not None for array in part.whole.arrays}
 
 
 def lower(
@@ -100,6 +107,8 @@ class _Lowering:
     def run(self) -> Lowered:
         self._find_uses()
         weights = [node for node in self.graph if node.domain == DOMAIN and node.op_type == "Weight"]
+        if self.options.stacked and self.target != "qdq":
+            self._stack(weights)
         if self.target != "qdq":
             self.statics.emit_chains()
         for node in weights:
@@ -108,6 +117,7 @@ class _Lowering:
             if node.domain == DOMAIN and node.op_type == "Activation":
                 self._activation(node)
         self.graph.sort()
+        turn(self.graph)
         remove_unused(self.graph)
         self.graph.opset_imports.pop(DOMAIN, None)
         records = {site: self.records[site] for site in map(_site, weights)}
@@ -139,6 +149,15 @@ class _Lowering:
                     digest = _digest(self._quantized(_site(node)))
                     self.gathered |= {digest} if gathers else set()
                     self.multiplied |= {digest} if gathers < len(uses) else set()
+
+    def _stack(self, nodes: list[ir.Node]) -> None:
+        records = {record.site: record for record in map(self.record_of, nodes)}
+        looked_up = {self.by_content[digest] for digest in self.gathered}
+        stored = self.options.stored_scales
+        stack_alike(records.values(), looked_up, self._quantized, self.collected.sparsity.get, stored)
+        for record in records.values():
+            if record.shared_with is not None:
+                record.packed = records[record.shared_with].packed
 
     def _quantized(self, site: str) -> Quantized:
         found = self.collected.weights.get(site)

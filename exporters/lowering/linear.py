@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from qgraph.config import QuantSpec
 from qgraph.exporters.lowering.builder import MICROSOFT, GraphBuilder
-from qgraph.exporters.packing import PackedWeight, emit_nbits, emit_scale, emit_zero_point, nbits_for
+from qgraph.exporters.packing import PackedWeight, emit_nbits, emit_scale, emit_zero_point, nbits_for, rows_of
 from qgraph.exporters.packing.dense import Bits
 from qgraph.modules import ActivationForm
 from qgraph.ops import Groups
@@ -110,29 +110,32 @@ def emit_kernel(
         `block_sums` of what the kernel takes x for; needed where the weight has zero points.
     """
     outputs, inputs = packed.shape[axis], packed.shape[1 - axis]
+    codes, scales, *gain = rows_of(b, packed, name, kernel, lambda p, name: _constants(b, p, kernel, name))
+    attrs = {"K": inputs, "N": outputs, "bits": kernel.bits, "block_size": kernel.block}
+    if kernel.accuracy != EXACT:  # which is what leaving it out means
+        attrs["accuracy_level"] = kernel.accuracy
+    y = b.op("MatMulNBits", [x, codes, scales], attrs, name=f"{name}/MatMulNBits", domain=MICROSOFT)
+    if sums is None:
+        return y
+    turned = b.op("Transpose", gain, {"perm": [1, 0]}, name=f"{name}/gain")
+    return b.op("Add", [y, b.op("MatMul", [sums, turned], name=f"{name}/correction")], name=f"{name}/corrected")
+
+
+def _constants(b: GraphBuilder, packed: PackedWeight, kernel: Kernel, name: str) -> list[ir.Value]:
+    """Codes and scales of a kernel, and of a weight with zero points the gain of its correction, (rows, groups)."""
     doubled = _doubled(packed, kernel)
     codes, scales = emit_nbits(b, doubled or packed, name, kernel.bits, kernel.block)
     if doubled is not None:
         half = b.constant(np.asarray(0.5, np.float32), "scalar")
         scales = b.op("Mul", [scales, half], name=f"{name}/half")
-    attrs = {
-        "K": inputs,
-        "N": outputs,
-        "bits": kernel.bits,
-        "block_size": kernel.block,
-        "accuracy_level": kernel.accuracy,
-    }
-    y = b.op("MatMulNBits", [x, codes, scales], attrs, name=f"{name}/MatMulNBits", domain=MICROSOFT)
-    if sums is None:
-        return y
+    if not has_zero_points(packed):
+        return [codes, scales]
     assert packed.spec is not None
     bits = int(packed.spec.bits)
     middle = 2 ** (bits - 1) if doubled is None else (2**bits - 1) / 2
     shift = b.constant(np.asarray(middle, np.float32), "scalar")
     shifted = b.op("Sub", [shift, emit_zero_point(b, packed, name)], name=f"{name}/shift")
-    gain = b.op("Mul", [emit_scale(b, packed, name), shifted], name=f"{name}/gain")
-    gain = b.op("Transpose", [gain], {"perm": [1, 0]}, name=f"{name}/gain")
-    return b.op("Add", [y, b.op("MatMul", [sums, gain], name=f"{name}/correction")], name=f"{name}/corrected")
+    return [codes, scales, b.op("Mul", [emit_scale(b, packed, name), shifted], name=f"{name}/gain")]
 
 
 def _doubled(packed: PackedWeight, kernel: Kernel) -> PackedWeight | None:

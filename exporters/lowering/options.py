@@ -32,12 +32,15 @@ class Options:
         None takes a kernel wherever there is one, as "size" does.
     sizes : mapping of str to int
         The dynamic sizes of the example, by name.
+    stacked : bool
+        Whether weights that are alike may be stored and unpacked together.
     """
 
     float_kernels: bool = True
     scale_dtype: torch.dtype = torch.float32
     optimize_for: str | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    stacked: bool = True
 
     @property
     def stored_scales(self) -> type[np.floating]:

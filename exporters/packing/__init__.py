@@ -32,10 +32,12 @@ onnxruntime when it loads the file.
 from .embedding import emit_gather_rows
 from .emit import emit_codes, emit_float, emit_scale, emit_zero_point
 from .nbits import emit_nbits, nbits_for, nbits_shift
-from .packed import PackedWeight, pack, restore, unpack
+from .packed import PackedWeight, Part, pack, restore, unpack
+from .stack import rows_of, shares, stack, unstack
 
 __all__ = [
     "PackedWeight",
+    "Part",
     "emit_codes",
     "emit_float",
     "emit_gather_rows",
@@ -46,5 +48,9 @@ __all__ = [
     "nbits_shift",
     "pack",
     "restore",
+    "rows_of",
+    "shares",
+    "stack",
     "unpack",
+    "unstack",
 ]

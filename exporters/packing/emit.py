@@ -13,6 +13,7 @@ import onnx_ir as ir
 from qgraph.exporters.lowering.builder import GraphBuilder
 
 from .packed import PackedWeight
+from .stack import rows_of
 from .streams import Target
 
 FLOAT = ir.DataType.FLOAT
@@ -41,8 +42,12 @@ def emit_codes(b: GraphBuilder, p: PackedWeight, name: str, dtype: ir.DataType =
     info = np.iinfo(kind)
     if low < info.min or high > info.max:
         raise ValueError(f"{name}: found levels {low}..{high}; expected them within {kind} ({info.min}..{info.max})")
-    levels = to_shape(b, p, emit_rows(b, p, name, Target(kind, add)), name)
-    return b.cast(levels, FLOAT, name=f"{name}.unpack") if dtype == FLOAT else levels
+
+    def emit(p: PackedWeight, name: str) -> list[ir.Value]:
+        levels = to_shape(b, p, emit_rows(b, p, name, Target(kind, add)), name)
+        return [b.cast(levels, FLOAT, name=f"{name}.unpack") if dtype == FLOAT else levels]
+
+    return rows_of(b, p, name, ("codes", dtype, add), emit)[0]
 
 
 def emit_float(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
@@ -50,6 +55,10 @@ def emit_float(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
 
     Initializers are called `<name>.packed`, `.mask`, `.scale` and `.zero_point`.
     """
+    return rows_of(b, p, name, "float", lambda p, name: [_float(b, p, name)])[0]
+
+
+def _float(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
     node = f"{name}.unpack"
     if p.spec is None:
         return to_shape(b, p, emit_rows(b, p, name, Target(np.dtype(np.float32))), name)
@@ -81,13 +90,21 @@ def emit_float(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
 
 def emit_scale(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
     """The scales, float32 (rows, groups); one row and one group with a scale per tensor."""
-    scale = b.initializer(f"{name}.scale", p.arrays["scale"])
-    return scale if p.arrays["scale"].dtype == np.float32 else b.cast(scale, FLOAT, name=f"{name}.unpack")
+
+    def emit(p: PackedWeight, name: str) -> list[ir.Value]:
+        scale = b.initializer(f"{name}.scale", p.arrays["scale"])
+        return [scale if p.arrays["scale"].dtype == np.float32 else b.cast(scale, FLOAT, name=f"{name}.unpack")]
+
+    return rows_of(b, p, name, "scale", emit)[0]
 
 
 def emit_zero_point(b: GraphBuilder, p: PackedWeight, name: str) -> ir.Value:
     """The zero points, float32 (rows, groups), in units of the affine codes."""
-    return b.initializer(f"{name}.zero_point", p.arrays["zero_point"])
+
+    def emit(p: PackedWeight, name: str) -> list[ir.Value]:
+        return [b.initializer(f"{name}.zero_point", p.arrays["zero_point"])]
+
+    return rows_of(b, p, name, "zero_point", emit)[0]
 
 
 def emit_rows(b: GraphBuilder, p: PackedWeight, name: str, target: Target) -> ir.Value:

@@ -29,6 +29,16 @@ TILES = (4, 8, 16, 32, 64)  # square tiles looked for when nobody says how the w
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Where a weight is in a stack of several, whose rows lie one under the other and which is packed as one."""
+
+    name: str
+    whole: PackedWeight
+    rows: tuple[int, ...]
+    index: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
     """A weight in storage form.
 
@@ -46,6 +56,8 @@ class PackedWeight:
         How "packed" holds the levels, or the kept levels of a sparse format.
     mask : Mask, optional
         How "mask" says which are kept; None for dense formats.
+    part : Part, optional
+        The stack that a file holds in place of the arrays.
     """
 
     shape: tuple[int, ...]
@@ -55,6 +67,7 @@ class PackedWeight:
     arrays: dict[str, np.ndarray]
     stream: Stream
     mask: Mask | None = None
+    part: Part | None = None
 
     @property
     def format(self) -> str:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qgraph.analysis.recorded import Recorded
 from qgraph.errors import InspectError
+from qgraph.exporters.merge import separate
 from qgraph.exporters.outline import DOMAIN
 from qgraph.exporters.probe import session_of
-from qgraph.exporters.report import PARTS, ExportReport, read_report
+from qgraph.exporters.report import PARTS, ExportReport, read_report, stacks
 
 CANDIDATES = 8  # the last values of a module: an LSTM has its states after its output
 LARGEST = 2**31  # bytes of a model that protobuf holds in memory
@@ -41,6 +42,7 @@ def record_file(name: str, path: Path, tensors: Mapping[str, Tensor]) -> Recorde
         raise InspectError(f"compare: {name}: {path}: cannot be read: {error}. Export it again.") from error
     if model.ByteSize() > LARGEST:
         raise InspectError(f"compare: {name}: {path}: above 2 GB; expected a file that fits one protobuf.")
+    separate(model)
     plain = onnx.inliner.inline_local_functions(model) if model.functions else model
     values = layer_values(model.graph, plain.graph, report)
     _show(plain.graph, values)
@@ -68,14 +70,19 @@ def layer_values(graph: onnx.GraphProto, plain: onnx.GraphProto, report: ExportR
     values: dict[str, list[str]] = {}
     sites = {f"{layer.path}.{layer.operand}".strip("."): layer.path for layer in report.layers}
     tied = {layer.path for layer in report.layers if layer.shared_with or ", " in layer.op}  # whose node is it?
+    last_alone = not any("/" in node.name for node in graph.node)  # of a module's nodes the last one has a name
+    unnamed: list[str] = []
     for node in graph.node:
         outputs = [value for value in node.output if value in order]
         module = _module_of(node, sites)
+        if last_alone and not node.name:
+            unnamed = [*outputs, *unnamed]
         if module is None or module in tied or not outputs:
             continue
         if node.domain == DOMAIN:
             outputs.reverse()  # those of a function are in the order in which it computes them
-        values[module] = [*outputs, *values.get(module, [])][:CANDIDATES]
+        values[module] = [*outputs, *unnamed, *values.get(module, [])][:CANDIDATES]
+        unnamed = []
         for around in _parents(module):
             values[around] = outputs
     for module, output in _by_parameters(plain, order, report).items():
@@ -127,6 +134,8 @@ def _by_parameters(graph: onnx.GraphProto, data: Mapping[str, int], report: Expo
         if "Gather" not in layer.op:  # an embedding is looked up: its rows are unpacked after that
             site = f"{layer.path}.{layer.operand}".strip(".")
             owner |= {f"{site}.{part}": layer.path for part in PARTS}
+    stacked = {name: [layer.path for layer in members] for name, members in stacks(report.layers).items()}
+    owner |= {f"{name}.{part}": name for name in stacked for part in PARTS}
     users = Counter(value for node in graph.node for value in set(node.input))
     for item in report.leftovers:
         module, _, parameter = item.name.rpartition(".")
@@ -139,6 +148,8 @@ def _by_parameters(graph: onnx.GraphProto, data: Mapping[str, int], report: Expo
         owners = [owner[value] for value in node.input if value in owner]
         if owners and any(value in data for value in node.input):
             found[owners[0]] = node.output[0]
+        elif owners and node.op_type == "Split" and owners[0] in stacked:
+            owner |= dict(zip(node.output, stacked[owners[0]], strict=True))
         elif owners and node.op_type not in SIZES:
             owner |= dict.fromkeys(node.output, owners[0])  # the weight, unpacked a step further
     return found

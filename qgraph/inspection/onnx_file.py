@@ -69,9 +69,11 @@ def load(path: Path) -> onnx.ModelProto:
 
 
 def _ours(path: Path, model: onnx.ModelProto) -> OnnxFile:
+    from qgraph.exporters.merge import separate
     from qgraph.exporters.report import read_report
 
     report = read_report(path)
+    separate(model)
     layers = [_row(layer) for layer in report.layers if layer.shape]
     sizes = {item.name: item for item in model.graph.initializer}
     floats = []

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgraph.exporters.report import PARTS
+from qgraph.exporters.merge import separate
+from qgraph.exporters.report import PARTS, stacked_sites
 from qgraph.inspection.layers import Layer
 from qgraph.inspection.onnx_file import load
 
@@ -30,12 +31,15 @@ def onnx_network(path: Path, layers: Iterable[Layer] = ()) -> networkx.DiGraph:
     ----------
     path : Path
     layers : iterable of Layer
-        Weights of the file, whose codes and scales are initializers of the same name.
+        Weights of the file, whose codes and scales are initializers of the same name; of one that is cut out of a stack
+        its name stands for what is cut out.
     """
     import networkx
     import onnx.inliner
 
     model = load(path)
+    separate(model)
+    stacked = stacked_sites(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     network = networkx.DiGraph()
@@ -45,11 +49,14 @@ def onnx_network(path: Path, layers: Iterable[Layer] = ()) -> networkx.DiGraph:
     tied = {layer.site for layer in layers if ", " in layer.op}  # of several layers, and the file names the first
     homes: dict[str, str | None] = {}
     waiting = {tensor.name: tensor for tensor in model.graph.initializer}
+    wholes: dict[str, str | None] = {}  # value -> the stack of weights that it is made of
 
     def add_initializer(name: str) -> None:
         tensor, made[name] = waiting.pop(name), name
-        site = _site_of(name, owners)
-        homes[name] = (site if site != name else None) or name.rpartition(".")[0] or None
+        site, holder = _site_of(name, owners), name.rpartition(".")[0]
+        stack = holder if holder in stacked else None
+        homes[name] = (site if site != name else None) or (holder if stack is None else None) or None
+        wholes[name] = stack
         data = {"op": "initializer", "target": name, "where": "", "shape": tuple(tensor.dims)}
         network.add_node(name, **data, **({"site": site} if site else {}))
 
@@ -69,6 +76,14 @@ def onnx_network(path: Path, layers: Iterable[Layer] = ()) -> networkx.DiGraph:
         network.add_edges_from((made[each], name) for each in _reads(node) if each in made)
         made.update(dict.fromkeys(node.output, name))
         order.append((name, node))
+        whole = next((wholes[each] for each in node.input if wholes.get(each)), None)
+        if whole is None or node.op_type != "Split":
+            wholes.update(dict.fromkeys(node.output, whole))
+            continue
+        for value, site in zip(node.output, stacked[whole], strict=True):
+            network.add_node(site, op="initializer", target=site, where="", site=site)
+            network.add_edge(name, site)
+            made[value], homes[site] = site, site
     for each in list(waiting):
         add_initializer(each)
     for value in model.graph.output:

@@ -158,7 +158,7 @@ def test_an_existing_file_survives(net, tmp_path, monkeypatch, error, at):
         raise error
 
     if at == "save":
-        monkeypatch.setattr(write.ir, "save", fail)
+        monkeypatch.setattr(write.onnx, "save", fail)
     else:
         monkeypatch.setattr(write.os, "replace", fail)
     with pytest.raises(ExportError if isinstance(error, OSError) else KeyboardInterrupt) as caught:

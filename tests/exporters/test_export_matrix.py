@@ -87,6 +87,6 @@ def test_the_file_holds_the_codes_and_little_else(target, cell, tmp_path):
     assert report.file_bytes == path.stat().st_size
     assert report.file_bytes <= 1.02 * report.ideal_bytes + 16 * 1024
     assert not {f"layers.{i}.weight.value" for i in range(6)} & {tensor.name for tensor in proto.graph.initializer}
-    assert {node.domain for node in proto.graph.node} <= ({"", "com.microsoft"} if target == "ort" else {""})
+    assert {node.domain for node in proto.graph.node} <= ({"", "com.microsoft", "model"} if target == "ort" else {""})
     codes = 72 * 80 * cell.weight_spec().storage_bits / 8
     assert all(layer.bytes < 1.15 * codes + 8 * 72 * 3 for layer in report.layers if layer.shape)
