@@ -97,6 +97,29 @@ def test_damaged_files_are_refused_or_read(config, tmp_path):
     assert refused > 50
 
 
+@pytest.mark.parametrize("target", ["ort", "standard"])
+def test_damaged_files_of_stacked_weights_are_refused_or_read(target, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(24) for part in (nn.Linear(12, 12), nn.LayerNorm(12), nn.ReLU())))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 12)
+    qgraph.export(qgraph.prepare(model, "A4W3", x).eval(), tmp_path / "m.onnx", x, target=target, progress=False)
+    data = (tmp_path / "m.onnx").read_bytes()
+    held = [entry.key for entry in onnx.load_from_string(data).metadata_props]
+    assert b"stack0" in data and "qgraph.leftovers" not in held, "to be of use the file is one that is written small"
+    path, chance = tmp_path / "broken.onnx", random.Random(0)
+    refused = 0
+    for _ in range(300):
+        path.write_bytes(mutated(data, chance))
+        try:
+            found = qgraph.unpack(path)
+            assert sum(weight.weight.nbytes for weight in found.values()) < 64 * 4 * len(data)
+        except qgraph.InspectError:
+            refused += 1
+    assert refused > 30
+
+
 def mutated(data: bytes, chance: random.Random) -> bytes:
     kind = chance.randrange(4)
     broken = bytearray(data)
