@@ -274,7 +274,7 @@ def _by_gradient(
                     if not value.requires_grad:
                         raise InspectError("sensitivity: loss returned a number without a gradient.")
                     torch.autograd.grad(value, wanted, allow_unused=True)
-                total += float(value) / len(given)
+                total += float(value.detach()) / len(given)
                 advance()
     costs = {name: change / len(given) for name, change in measured.changes.items()}
     missing = [name or "the model" for name in layers if name not in costs]
