@@ -85,6 +85,7 @@ def main() -> None:
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "threads": 1,
+            "clock": "time of this process",
         }
         options.json.write_text(json.dumps({"conditions": conditions, "rows": rows, "ranks": ranks}, indent=1) + "\n")
 
