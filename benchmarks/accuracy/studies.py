@@ -16,6 +16,8 @@ from benchmarks.accuracy.methods import SETTINGS
 from benchmarks.accuracy.models import CharacterModel, MovementModel, ResidualNetwork
 
 Batch = tuple[Tensor, Tensor]
+# The later studies: fewer settings, so that all of them are run in hours on one core.
+BREADTH = ("A1W1", "W1", "A2W2", "W4", "A8W4", "A4W1-2:4", "A8W1.58")
 INDEX_LENGTH = 32  # tokens of a verse that is searched for
 TEMPERATURE = 0.05  # of the search's softmax: the cosines of unit vectors times 20
 
@@ -45,6 +47,7 @@ class Study:
     keep: tuple[str, ...]
     score: str  # "loss" (nats a character) or "accuracy"
     weight_decay: float = 0.01
+    fine_tunes: bool = False  # a pretrained model
     description: str = ""
 
 
@@ -90,10 +93,6 @@ def _movement_task(windows: data.Labelled, width: int, batch: int) -> Task:
     return _labelled_task(windows, lambda: MovementModel(channels, width, windows.classes), batch)
 
 
-# The later studies: fewer settings, so that all of them are run in hours on one core.
-BREADTH = ("A1W1", "W1", "A2W2", "W4", "A8W4", "A4W1-2:4", "A8W1.58")
-
-
 def _emoji_task(images: data.Labelled, network: Callable[[int], nn.Module], batch: int) -> Task:
     return _labelled_task(images, pretrained.fresh(network(images.classes)), batch, held_out=100, quick=1)
 
@@ -127,15 +126,6 @@ def _search_task(encoder: nn.Module, queries: Tensor, index: Tensor, documents: 
 
     task = _labelled_task(found, pretrained.fresh(encoder), batch, held_out=len(texts), quick=1)
     return replace(task, logits=lambda embedded: embedded @ index.T / TEMPERATURE, similarity=similarity)
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's."""
-    ranks = []
-    for values in (x, y):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])  # equal values share their mean rank
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 STUDIES = {
@@ -176,6 +166,7 @@ STUDIES = {
         settings=BREADTH,
         keep=("network._conv_stem", "*_depthwise_conv", "head"),
         score="accuracy",
+        fine_tunes=True,
         description="EfficientNet-Lite0 from its ImageNet weights, 3.4 M parameters, 40 steps of 32 images; stem, "
         "depthwise convolutions and head stay float",
     ),
@@ -186,6 +177,7 @@ STUDIES = {
         settings=BREADTH,
         keep=("bert.embeddings",),
         score="accuracy",
+        fine_tunes=True,
         description="MiniLM from its weights, 10.6 M parameters in its layers, 30 steps of 16 verses of 16 tokens; the "
         "embeddings stay float",
     ),
@@ -254,3 +246,12 @@ def score(study: Study, outputs: Tensor, targets: Tensor) -> float:
     if study.score == "loss":
         return F.cross_entropy(outputs.flatten(0, -2), targets.flatten()).item()
     return (outputs.argmax(-1) == targets).float().mean().item()
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's."""
+    ranks = []
+    for values in (x, y):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])  # equal values share their mean rank
+    return float(np.corrcoef(*ranks)[0, 1])

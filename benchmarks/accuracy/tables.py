@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.accuracy.methods import FULL_PRECISION, SETTINGS
 from benchmarks.accuracy.plan import best_rate, of
+from benchmarks.accuracy.studies import STUDIES
 
 Rows = list[dict[str, Any]]
 NEAR = 0.02
@@ -39,7 +40,12 @@ COLUMNS = (
 def markdown(rows: Rows) -> str:
     """How the methods stand over all settings at 2 bits and below, then one table a study and setting."""
     parts = [f"### 2 bits and below, all settings\n\n{standings(rows)}"]
-    for study in dict.fromkeys(r["study"] for r in rows):
+    studies = dict.fromkeys(r["study"] for r in rows)
+    tuned = {name for name in studies if name in STUDIES and STUDIES[name].fine_tunes}
+    if tuned and tuned != {*studies}:
+        for title, names in (("trained from scratch", {*studies} - tuned), ("fine-tuned", tuned)):
+            parts.append(f"### 2 bits and below, {title}\n\n{standings([r for r in rows if r['study'] in names])}")
+    for study in studies:
         for setting in (FULL_PRECISION, *SETTINGS):
             methods = list(dict.fromkeys(r["method"] for r in rows if (r["study"], r["setting"]) == (study, setting)))
             if methods:

@@ -89,6 +89,9 @@ def test_tables_order_by_loss_and_mark_divergence():
     ]
     lines = tables.markdown(rows).partition("### shakespeare, A1W1")[2].splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("| ddt")] == ["| ddt-windowed", "| ddt"]
+    assert "fine-tuned" not in tables.markdown(rows)
+    both = tables.markdown([*rows, {**rows[0], "study": "emoji"}])
+    assert both.index("### 2 bits and below, trained from scratch") < both.index("### 2 bits and below, fine-tuned")
     assert "2.400*" in lines[4] and "1 of 1 | 50 |" in lines[4] and "10 1" in lines[5]
 
 
