@@ -128,7 +128,7 @@ def _entry(study: str, setting: str, method: str, rows: Rows) -> tuple[float, tu
     if not at_best:
         return float("inf"), ("", "", "", "", losses, lost, _rise(own), "", "")
     means = {key: statistics.mean(r[key] for r in at_best) for key in ("loss", "score")}
-    files = [r for r in at_best if "score_ort" in r]
+    files = [r for r in at_best if any(f"{kind}_ort" in r for kind in ("score", "refused"))]
     return means["loss"], (
         _spread([r["loss"] for r in at_best]),
         _spread([r["score"] for r in at_best]),
@@ -146,9 +146,10 @@ def _files(files: Rows) -> str:
     """How far the scores of exported files lie from torch's, at most."""
     if not files:
         return ""
-    scores = [(r, key) for r in files for key in ("score", "similarity") if key in r]
-    far = max(abs(r[f"{key}_{target}"] - r[key]) for r, key in scores for target in ("ort", "standard"))
-    return "equal" if far == 0 else f"within {far:.0e}"
+    kinds = [(key, target) for key in ("score", "similarity") for target in ("ort", "standard")]
+    far = [abs(r[f"{key}_{target}"] - r[key]) for r in files for key, target in kinds if f"{key}_{target}" in r]
+    refused = [f"{target} refused" for target in ("ort", "standard") if any(f"refused_{target}" in r for r in files)]
+    return ", ".join([*(["equal" if max(far) == 0 else f"within {max(far):.0e}"] if far else []), *refused])
 
 
 def _similarity(study: str, setting: str, method: str, rows: Rows) -> str:

@@ -167,13 +167,17 @@ def _flipped(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 def _exported(model: nn.Module, study: Study, task: Task, x: Tensor) -> dict[str, Any]:
-    """Scores of both exported files, and how far outputs lie apart."""
+    """Scores of both exported files, or why there is none."""
     model.eval()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for target in ("ort", "standard"):
             path = Path(folder) / f"{target}.onnx"
-            report = qgraph.export(model, path, (x,), target=target, dynamic_shapes={}, progress=False)
+            try:
+                report = qgraph.export(model, path, (x,), target=target, dynamic_shapes={}, progress=False)
+            except qgraph.ExportError as error:  # a refusal is a result too, and no reason to stop the sweep
+                found[f"refused_{target}"] = str(error)
+                continue
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
             def call(inputs: Tensor, session: onnxruntime.InferenceSession = session) -> Tensor:

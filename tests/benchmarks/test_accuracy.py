@@ -92,6 +92,8 @@ def test_tables_order_by_loss_and_mark_divergence():
     assert "fine-tuned" not in tables.markdown(rows)
     both = tables.markdown([*rows, {**rows[0], "study": "emoji"}])
     assert both.index("### 2 bits and below, trained from scratch") < both.index("### 2 bits and below, fine-tuned")
+    refused = {**rows[0], "score_standard": 0.4, "refused_ort": "why"}
+    assert "| within 1e-01, ort refused |" in tables.markdown([refused])
     assert "2.400*" in lines[4] and "1 of 1 | 50 |" in lines[4] and "10 1" in lines[5]
 
 
