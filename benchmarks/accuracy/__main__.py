@@ -108,7 +108,7 @@ def _progress() -> Progress:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="five methods, one rate, one setting: some ten minutes")
+    parser.add_argument("--quick", action="store_true", help="five methods, one rate, one setting: four minutes")
     parser.add_argument("--study", nargs="+", choices=[*STUDIES, *SMOKE], default=list(STUDIES))
     parser.add_argument("--setting", nargs="+", choices=["float", *SETTINGS])
     parser.add_argument("--method", nargs="+", choices=["float", *METHODS])
