@@ -83,3 +83,21 @@ class _Convolution(nn.Module):
         if self.stride > 1:
             x = F.avg_pool2d(x, self.stride, ceil_mode=True)
         return y + torch.cat([x] * self.widens, dim=1)
+
+
+class MovementModel(nn.Module):
+    """Two convolutions over time, a GRU over what they find, and a layer on its last state."""
+
+    def __init__(self, channels: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(channels, width // 2, 5, stride=2, padding=2)
+        self.convolution = nn.Conv1d(width // 2, width, 3, stride=2, padding=1, bias=False)
+        self.stem_norm, self.norm = nn.BatchNorm1d(width // 2), nn.BatchNorm1d(width)
+        self.recurrent = nn.GRU(width, width, batch_first=True)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        x = self.stem_norm(self.stem(windows))
+        x = self.norm(F.relu(self.convolution(x)))
+        states, _ = self.recurrent(x.transpose(1, 2))
+        return self.head(states[:, -1])

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy import data
+from benchmarks.accuracy import data, pretrained
 from benchmarks.accuracy.methods import SETTINGS
-from benchmarks.accuracy.models import CharacterModel, ResidualNetwork
+from benchmarks.accuracy.models import CharacterModel, MovementModel, ResidualNetwork
 
 Batch = tuple[Tensor, Tensor]
+# The later studies: fewer settings, so that all of them are run in hours on one core.
+BREADTH = ("A1W1", "W1", "A2W2", "W4", "A8W4", "A4W1-2:4", "A8W1.58")
+INDEX_LENGTH = 32  # tokens of a verse that is searched for
+TEMPERATURE = 0.05  # of the search's softmax: the cosines of unit vectors times 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,10 @@ class Task:
     batch: Callable[[torch.Generator], Batch]
     held_out: list[Batch]  # fixed; the first `quick` of them make the curve
     quick: int
+    logits: Callable[[Tensor], Tensor] = lambda outputs: outputs  # what the loss reads, of the model's outputs
+    similarity: Callable[[Callable[[Tensor], Tensor]], float] | None = (
+        None  # a second score, of the model as a function
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,7 @@ class Study:
     keep: tuple[str, ...]
     score: str  # "loss" (nats a character) or "accuracy"
     weight_decay: float = 0.01
+    fine_tunes: bool = False  # a pretrained model
     description: str = ""
 
 
@@ -59,15 +69,63 @@ def _text_task(text: data.Text, width: int, context: int, batch: int, held_out: 
     )
 
 
-def _image_task(images: data.Images, widths: tuple[int, ...], batch: int) -> Task:
-    x, labels = images.train
+def _labelled_task(
+    found: data.Labelled, build: Callable[[], nn.Module], batch: int, held_out: int = 250, quick: int = 2
+) -> Task:
+    """`held_out`: examples a batch; `quick`: batches of the curve."""
+    x, labels = found.train
 
     def sample(generator: torch.Generator) -> Batch:
         chosen = torch.randint(len(x), (batch,), generator=generator)
         return x[chosen], labels[chosen]
 
-    held_out = [b for b in zip(*(part.split(250) for part in images.held_out), strict=True) if len(b[0]) == 250]
-    return Task(lambda: ResidualNetwork(images.classes, widths), sample, held_out, quick=max(1, len(held_out) // 20))
+    batches = zip(*(part.split(held_out) for part in found.held_out), strict=True)
+    return Task(build, sample, [b for b in batches if len(b[0]) == held_out], quick)
+
+
+def _image_task(images: data.Labelled, widths: tuple[int, ...], batch: int) -> Task:
+    quick = max(1, len(images.held_out[0]) // 250 // 20)
+    return _labelled_task(images, lambda: ResidualNetwork(images.classes, widths), batch, quick=quick)
+
+
+def _movement_task(windows: data.Labelled, width: int, batch: int) -> Task:
+    channels = windows.train[0].shape[1]
+    return _labelled_task(windows, lambda: MovementModel(channels, width, windows.classes), batch)
+
+
+def _emoji_task(images: data.Labelled, network: Callable[[int], nn.Module], batch: int) -> Task:
+    return _labelled_task(images, pretrained.fresh(network(images.classes)), batch, held_out=100, quick=1)
+
+
+def _sentence_task(cache: Path, count: int, length: int, batch: int) -> Task:
+    """Verses of 1611 to be found among modern ones, whose embeddings the float encoder made; reports to be compared."""
+    encoder, tokens = pretrained.minilm(cache)
+    known = data.verses(cache)
+    chosen = [known[i] for i in torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:count].tolist()]
+    old, new = map(list, zip(*chosen, strict=True))
+    of_new = tokens(new, INDEX_LENGTH)
+    index = pretrained.embedded(encoder, of_new, cache / f"verses-{count}x{INDEX_LENGTH}.pt")
+    documents, rated = data.rated_documents(cache)
+    return _search_task(
+        encoder, tokens(old, length), index, (tokens(documents, length), torch.from_numpy(rated)), batch
+    )
+
+
+def _search_task(encoder: nn.Module, queries: Tensor, index: Tensor, documents: Batch, batch: int) -> Task:
+    """The last sixth of the queries is held out; they come in batches of as many as there are documents."""
+    cut = len(queries) - len(queries) // 6
+    places = torch.arange(len(queries))
+    found = data.Labelled((queries[:cut], places[:cut]), (queries[cut:], places[cut:]), len(index))
+    texts, rated = documents
+
+    def similarity(call: Callable[[Tensor], Tensor]) -> float:
+        embedded = call(texts)
+        pairs = torch.triu_indices(len(texts), len(texts), 1)
+        alike, judged = ((x[pairs[0], pairs[1]]).numpy() for x in (embedded @ embedded.T, rated))
+        return rank_correlation(alike, judged)
+
+    task = _labelled_task(found, pretrained.fresh(encoder), batch, held_out=len(texts), quick=1)
+    return replace(task, logits=lambda embedded: embedded @ index.T / TEMPERATURE, similarity=similarity)
 
 
 STUDIES = {
@@ -91,6 +149,38 @@ STUDIES = {
         description="residual network, 5 convolutions of 16 to 64 channels and a stem, 74 k parameters, 300 steps of "
         "64 images; stem and head stay float",
     ),
+    "watch": Study(
+        lambda cache: _movement_task(data.watch(cache, length=100), width=96, batch=64),
+        steps=300,
+        rates=(2e-3, 6e-3, 2e-2),
+        settings=BREADTH,
+        keep=("stem", "head"),
+        score="accuracy",
+        description="two convolutions over time and a GRU of 96, 72 k parameters, 300 steps of 64 windows of two "
+        "seconds; stem and head stay float",
+    ),
+    "emoji": Study(
+        lambda cache: _emoji_task(data.emoji(cache, side=48), lambda n: pretrained.lite0(cache, n), batch=32),
+        steps=40,
+        rates=(3e-4, 1e-3, 3e-3),
+        settings=BREADTH,
+        keep=("network._conv_stem", "*_depthwise_conv", "head"),
+        score="accuracy",
+        fine_tunes=True,
+        description="EfficientNet-Lite0 from its ImageNet weights, 3.4 M parameters, 40 steps of 32 images; stem, "
+        "depthwise convolutions and head stay float",
+    ),
+    "verses": Study(
+        lambda cache: _sentence_task(cache, count=1200, length=16, batch=16),
+        steps=30,
+        rates=(1e-4, 3e-4, 1e-3),
+        settings=BREADTH,
+        keep=("bert.embeddings",),
+        score="accuracy",
+        fine_tunes=True,
+        description="MiniLM from its weights, 10.6 M parameters in its layers, 30 steps of 16 verses of 16 tokens; the "
+        "embeddings stay float",
+    ),
 }
 
 SMOKE = {
@@ -110,7 +200,45 @@ SMOKE = {
         keep=("stem", "head"),
         score="accuracy",
     ),
+    "smoke-movement": Study(
+        lambda cache: _movement_task(_windows(), width=8, batch=8),
+        steps=4,
+        rates=(1e-2,),
+        settings=("A2W2",),
+        keep=("stem", "head"),
+        score="accuracy",
+    ),
+    "smoke-sentences": Study(
+        lambda cache: _search_task(*_sentences(), batch=4),
+        steps=4,
+        rates=(1e-2,),
+        settings=("A8W1.58",),
+        keep=("bert.embeddings",),
+        score="accuracy",
+    ),
 }
+
+
+def _windows() -> data.Labelled:
+    """Noise with a level that tells the class."""
+    labels = torch.arange(750) % 3
+    windows = torch.randn(750, 2, 20, generator=torch.Generator().manual_seed(0)) + labels[:, None, None]
+    return data.Labelled((windows[:500], labels[:500]), (windows[500:], labels[500:]), 3)
+
+
+def _sentences() -> tuple[nn.Module, Tensor, Tensor, Batch]:
+    """An untrained BERT of one layer, random tokens as queries, its own embeddings of them as the index."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 8}
+    bert = BertModel(BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes), add_pooling_layer=False)
+    encoder = pretrained.Encoder(bert).eval()
+    tokens = torch.randint(1, 50, (60, 6))
+    tokens[:, 4:] *= torch.randint(0, 2, (60, 1))  # some end early
+    with torch.no_grad():
+        index = encoder(tokens)
+    return encoder, tokens, index, (tokens[:5], torch.rand(5, 5))
 
 
 def score(study: Study, outputs: Tensor, targets: Tensor) -> float:
@@ -118,3 +246,12 @@ def score(study: Study, outputs: Tensor, targets: Tensor) -> float:
     if study.score == "loss":
         return F.cross_entropy(outputs.flatten(0, -2), targets.flatten()).item()
     return (outputs.argmax(-1) == targets).float().mean().item()
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's."""
+    ranks = []
+    for values in (x, y):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])  # equal values share their mean rank
+    return float(np.corrcoef(*ranks)[0, 1])

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.accuracy.methods import FULL_PRECISION, SETTINGS
 from benchmarks.accuracy.plan import best_rate, of
+from benchmarks.accuracy.studies import STUDIES
 
 Rows = list[dict[str, Any]]
 NEAR = 0.02
@@ -39,7 +40,12 @@ COLUMNS = (
 def markdown(rows: Rows) -> str:
     """How the methods stand over all settings at 2 bits and below, then one table a study and setting."""
     parts = [f"### 2 bits and below, all settings\n\n{standings(rows)}"]
-    for study in dict.fromkeys(r["study"] for r in rows):
+    studies = dict.fromkeys(r["study"] for r in rows)
+    tuned = {name for name in studies if name in STUDIES and STUDIES[name].fine_tunes}
+    if tuned and tuned != {*studies}:
+        for title, names in (("trained from scratch", {*studies} - tuned), ("fine-tuned", tuned)):
+            parts.append(f"### 2 bits and below, {title}\n\n{standings([r for r in rows if r['study'] in names])}")
+    for study in studies:
         for setting in (FULL_PRECISION, *SETTINGS):
             methods = list(dict.fromkeys(r["method"] for r in rows if (r["study"], r["setting"]) == (study, setting)))
             if methods:
@@ -100,10 +106,13 @@ def _compared(study: str, setting: str, rows: Rows) -> dict[str, _Standing]:
 
 
 def _table(study: str, setting: str, methods: list[str], rows: Rows) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+    columns = (*COLUMNS, "similarity") if any("similarity" in r for r in rows if r["study"] == study) else COLUMNS
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     entries = [(m, _entry(study, setting, m, rows)) for m in methods]
     for method, (loss, cells) in sorted(entries, key=lambda e: e[1][0]):
         del loss
+        if columns != COLUMNS:
+            cells = (*cells, _similarity(study, setting, method, rows))
         lines.append(f"| {' | '.join((method, *cells))} |")
     return "\n".join(lines)
 
@@ -119,8 +128,7 @@ def _entry(study: str, setting: str, method: str, rows: Rows) -> tuple[float, tu
     if not at_best:
         return float("inf"), ("", "", "", "", losses, lost, _rise(own), "", "")
     means = {key: statistics.mean(r[key] for r in at_best) for key in ("loss", "score")}
-    files = [r for r in at_best if "score_ort" in r]
-    equal = [r for r in files if r["score_ort"] == r["score"] == r["score_standard"]]
+    files = [r for r in at_best if any(f"{kind}_ort" in r for kind in ("score", "refused"))]
     return means["loss"], (
         _spread([r["loss"] for r in at_best]),
         _spread([r["score"] for r in at_best]),
@@ -130,15 +138,24 @@ def _entry(study: str, setting: str, method: str, rows: Rows) -> tuple[float, tu
         lost,
         _rise(at_best),
         _flips(at_best),
-        _files(files, len(equal)),
+        _files(files),
     )
 
 
-def _files(files: Rows, equal: int) -> str:
+def _files(files: Rows) -> str:
+    """How far the scores of exported files lie from torch's, at most."""
     if not files:
         return ""
-    far = max(max(abs(r[f"score_{t}"] - r["score"]) for t in ("ort", "standard")) for r in files)
-    return "equal" if equal == len(files) else f"within {far:.0e}"
+    kinds = [(key, target) for key in ("score", "similarity") for target in ("ort", "standard")]
+    far = [abs(r[f"{key}_{target}"] - r[key]) for r in files for key, target in kinds if f"{key}_{target}" in r]
+    refused = [f"{target} refused" for target in ("ort", "standard") if any(f"refused_{target}" in r for r in files)]
+    return ", ".join([*(["equal" if max(far) == 0 else f"within {max(far):.0e}"] if far else []), *refused])
+
+
+def _similarity(study: str, setting: str, method: str, rows: Rows) -> str:
+    best = best_rate(study, setting, method, rows)
+    found = [r["similarity"] for r in of(study, setting, method, rows) if r["rate"] == best]
+    return _spread(found) if found else ""
 
 
 def _rise(rows: Rows) -> str:

