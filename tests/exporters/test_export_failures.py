@@ -19,7 +19,7 @@ from qgraph.exporters import onnx as exporter
 from qgraph.exporters import write
 from qgraph.exporters.onnx import export
 from qgraph.exporters.probe import relative_difference
-from qgraph.exporters.verify import WrongFile
+from qgraph.exporters.verify import Verifier, WrongFile
 
 
 class Net(nn.Module):
@@ -270,6 +270,27 @@ def test_a_code_on_a_tie_may_go_the_other_way_and_no_other(push, accepted, tmp_p
     got = ort.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"input": TIE.numpy()})[0]
     off = np.abs(got - net.eval()(TIE).detach().numpy()).max(1) > 1e-4
     assert off.tolist() == [True, False, False, False, False, False]
+
+
+@pytest.mark.parametrize(("times", "accepted"), [(-1, True), (3, False)])
+def test_a_run_with_other_flips_may_be_as_far_off_as_the_one_that_is_proven(times, accepted, tmp_path, monkeypatch):
+    """A fused run rounds other codes the other way than the run that is compared quantizer by quantizer."""
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight[:, 2] = 10  # of the value on a tie: its flip outweighs the rest
+    net = qgraph.prepare(layer, TWO_BITS, (TIE[:1],)).eval()
+    push_first_quantizer(1e-5, monkeypatch)
+    plain = Verifier._outputs
+
+    def elsewhere(self, session, example, number):
+        (found,), (expected,) = plain(self, session, example, number), example.reference
+        return [expected.numpy() + times * (found - expected.numpy())]
+
+    monkeypatch.setattr(Verifier, "_outputs", elsewhere)
+    if accepted:
+        assert export(net, tmp_path / "m.onnx", (TIE[:1],), dynamic_shapes={}).flips == 1
+    else:
+        refuses(net, tmp_path / "m.onnx", (TIE[:1],), match="layers that were compared one by one agree")
 
 
 class CallsTwice(nn.Module):
