@@ -170,6 +170,7 @@ class Verifier:
                 "was written; try target='standard' or "
                 "leave that layer out with a rule, and report it",
                 shape_only=number > 0,
+                rounding=difference < ROUNDING,
             )
         proven = bool(self.records) and not self.rounding_kernels  # quantizer by quantizer
         if proven and not found.flips and difference <= STRETCH:

@@ -237,17 +237,24 @@ TIE = torch.cat([torch.tensor([[0.0, 3.0, 0.5, 1.2]]), torch.rand(5, 4) * 3])  #
 
 def push_first_quantizer(push, monkeypatch):
     """Have every file add a little to the first quantizer's positions before they are rounded."""
+    push_first("Round", push, monkeypatch)
+
+
+def push_first(op_type, push, monkeypatch):
+    """Have every file add a little to what reaches its first node of a kind; files without one stay as they are."""
     lower = exporter.lower
 
     def lower_pushed(model, *args, **kwargs):
         lowered = lower(model, *args, **kwargs)
-        rounding = next(node for node in model.graph if node.op_type == "Round")
+        pushed = next((node for node in model.graph if node.op_type == op_type), None)
+        if pushed is None:
+            return lowered
         amount = ir.tensor(np.float32(push), name="push")
         model.graph.register_initializer(ir.Value(name="push", const_value=amount))
-        add = ir.node("Add", [rounding.inputs[0], model.graph.initializers["push"]], name="pushed")
+        add = ir.node("Add", [pushed.inputs[0], model.graph.initializers["push"]], name="pushed")
         add.outputs[0].name = "pushed"
-        model.graph.insert_before(rounding, add)
-        rounding.replace_input_with(0, add.outputs[0])
+        model.graph.insert_before(pushed, add)
+        pushed.replace_input_with(0, add.outputs[0])
         return lowered
 
     monkeypatch.setattr(exporter, "lower", lower_pushed)
@@ -334,6 +341,20 @@ def test_a_kernel_that_rounds_too_much_gives_way_to_a_plain_product(tmp_path, mo
     monkeypatch.setattr(exporter, "_build", build_or_complain)
     report = export(net, tmp_path / "m.onnx", (x,))
     assert report.layers[0].form == "unpacked bits4" and "rounded too much" in report.layers[0].notes[0]
+
+
+@pytest.mark.parametrize(("push", "accepted"), [(3e-4, True), (0.1, False)])
+def test_so_does_one_that_a_layer_alone_shows(push, accepted, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(3, 64)
+    net = qgraph.prepare(nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 3)), "W4", (x,))
+    with torch.no_grad():
+        net[2].bias += 3.0  # the outputs show less of it
+    push_first("MatMulNBits", push, monkeypatch)
+    if accepted:
+        assert export(net, tmp_path / "m.onnx", (x,)).layers[0].form == "unpacked bits4"
+    else:
+        refuses(net, tmp_path / "m.onnx", (x,), match="the first layer that differs is 0")
 
 
 class Packed(nn.Module):
