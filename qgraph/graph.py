@@ -16,7 +16,7 @@ from qgraph.config import QConfig, QuantSpec, SparsitySpec
 from qgraph.modules import ActivationQuantizer, Quantizers, Sparsifier, WeightQuantizer
 from qgraph.ops import Groups
 from qgraph.placement import Owner, Site, place
-from qgraph.sites import CONSTANT, DATA, Source, combine, site_call, swaps_last_two
+from qgraph.sites import CONSTANT, DATA, SiteCall, Source, combine, site_call, swaps_last_two
 
 if TYPE_CHECKING:
     from qgraph.capture.state import ModuleState
@@ -105,7 +105,8 @@ def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
             numbers.add(node)
         sources[node] = node_source(node, sources, numbers, owner)
         name = function_name(node)
-        call = getattr(node.target, "site", None) or (site_call(name, node.args, node.kwargs, rank) if name else None)
+        known = getattr(node.target, "site", None)  # of an autograd Function, found when it was recorded
+        call = known if isinstance(known, SiteCall) else site_call(name, node.args, node.kwargs, rank)
         if call is None:
             continue
         operands = [unquantized(operand.get(node.args, node.kwargs)) for operand in call.operands]

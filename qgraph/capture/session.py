@@ -160,10 +160,8 @@ class Session:
             result, target.site = watched(target.function, original, args)
             self._site_of(parent, target, args)
             return result
-        random = torch.get_rng_state()
-        copies = tuple(map(_copied, args))
-        _, target.site = watched(target.function, original, copies)
-        torch.set_rng_state(random)
+        with torch.random.fork_rng({value.device for value in args if isinstance(value, Tensor) and value.is_cuda}):
+            _, target.site = watched(target.function, original, tuple(map(_copied, args)))
         return original(*self._site_of(parent, target, args))
 
     def _site_of(self, parent: Recorder, target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
