@@ -40,6 +40,9 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 # torch.compile takes grouped products in bfloat16 alone: their graphs call `qgraph.ops.grouped` instead.
 EAGER_ONLY = frozenset({"grouped_mm", "_grouped_mm"})
 
+# torch.compile leaves packed sequences to Python as a whole; of a graph that holds them it would make many.
+LEFT_TO_PYTHON = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})
+
 TRANSPARENT = frozenset({torch.nn.functional.multi_head_attention_forward})
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qgraph.capture.state import ModuleState
 
 _SKIPPED = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT)
+_SKIPPED_WITH_ALL_BELOW = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
 _entries: weakref.WeakKeyDictionary[ModuleState, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
@@ -42,6 +43,14 @@ def _outside(body: Callable[..., Any], *args: Any, children: bool) -> Any:
 
 # The public torch.compiler.disable imports the compiler at once, seconds of work that most imports of us never need.
 outside_graphs = torch._compile._disable_dynamo(_outside, recursive=False)
+
+
+def _beside(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+# A captured graph that is not to be compiled; its children are, each by itself.
+beside_graphs = torch._compile._disable_dynamo(_beside, recursive=False)
 
 
 def run_child(run: Callable[..., Any], state: ModuleState, compiler: Any, args: tuple[Any, ...]) -> Any:
@@ -65,13 +74,25 @@ def _own_code(function: Any) -> Callable[..., Any]:
     return own
 
 
+def left_to_python(function: Any) -> Any:
+    """A function whose own frame is not compiled; those below it are."""
+    set_code_exec_strategy(function.__code__, _SKIPPED)
+    return function
+
+
 def leave_alone(*modules: ModuleType) -> None:
     """Have no frame of these modules compiled by itself, where one around it was broken; inside others they are."""
     for module in modules:
         for value in vars(module).values():
             for function in vars(value).values() if isinstance(value, type) else (value,):
                 if isinstance(function, FunctionType) and function.__code__.co_filename == module.__file__:
-                    set_code_exec_strategy(function.__code__, _SKIPPED)
+                    left_to_python(function)
+
+
+def leave_backward_alone(*functions: type[torch.autograd.Function]) -> None:
+    """Have the backward of these run as it is where autograd calls it beside compiled code; inside it is traced."""
+    for function in functions:
+        set_code_exec_strategy(function.backward.__code__, _SKIPPED_WITH_ALL_BELOW)
 
 
 def entry(cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ The module object, its class by isinstance, its parameters, hooks and state_dict
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 import itertools
@@ -18,7 +19,15 @@ from torch.overrides import _pop_mode_temporarily
 
 from qgraph.capture.arguments import SELF
 from qgraph.capture.checkpointing import REENTRANT, StopRecomputation
-from qgraph.capture.compiling import entry, leave_alone, outside_graphs, run_child, under_compiler
+from qgraph.capture.compiling import (
+    beside_graphs,
+    entry,
+    leave_alone,
+    leave_backward_alone,
+    outside_graphs,
+    run_child,
+    under_compiler,
+)
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import Running, SiteMode, run_opaque, running_mode
 from qgraph.capture.session import active, capturing, current
@@ -132,6 +141,8 @@ def _run(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[st
     variant = state.select(module, call)
     if variant is None:
         return run_python(module, state, forward, args, kwargs, call)
+    if torch.compiler.is_dynamo_compiling() and variant.left_to_python:
+        return beside_graphs(variant.function(), module, *call.values)
     if torch.compiler.is_compiling():
         return variant.run(module, call.values)
     if variant.late_guards:
@@ -225,8 +236,10 @@ def _python_body(
         return result
     before = Snapshot(module, call.values, contents=True)
     try:
-        with capturing(quantize=True) as session:
-            return session.start(module, state, forward, args, kwargs, call)
+        if not torch.is_inference_mode_enabled():
+            with capturing(quantize=True) as session:
+                return session.start(module, state, forward, args, kwargs, call)
+        _record_for_inference(module, state, forward, args, kwargs, call)
     except (StopRecomputation, GuardMiss):
         raise
     except Exception as error:
@@ -236,6 +249,20 @@ def _python_body(
         reason = f"recording raised {type(error).__name__}: {error}"
         state.give_up(call, module.training, reason, raised_at(error))
         return result
+    before.restore()
+    if state.select(module, call) is None:
+        return run_opaque(module, state, forward, args, kwargs)
+    return _run(module, forward, args, kwargs)
+
+
+def _record_for_inference(
+    module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call
+) -> None:
+    """Record a call that is made in inference mode outside of it, on copies: its tensors do not tell of changes."""
+    with torch.inference_mode(False), torch.no_grad():
+        args, kwargs = copy.deepcopy((args, kwargs))
+        with capturing(quantize=True) as session:
+            session.start(module, state, forward, args, kwargs, call)
 
 
 def _install_made(module: nn.Module, state: ModuleState) -> None:
@@ -253,3 +280,4 @@ def _install_made(module: nn.Module, state: ModuleState) -> None:
 
 
 leave_alone(*(module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")))
+leave_backward_alone(*(f for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("qgraph.ops.")))

@@ -19,7 +19,8 @@ import torch
 from torch import fx, nn
 
 from qgraph.capture.attributes import Held
-from qgraph.capture.calls import EAGER_ONLY, name_of
+from qgraph.capture.calls import EAGER_ONLY, LEFT_TO_PYTHON, name_of
+from qgraph.capture.compiling import left_to_python
 from qgraph.capture.guards import Guard, check_structure
 from qgraph.capture.names import python_code
 from qgraph.capture.structure import tensors_in
@@ -55,9 +56,13 @@ class Variant:
     in_place: bool = False  # whether the forward changed tensors among its arguments
     validated: set[Any] = field(default_factory=set)  # sizes for which the late guards held
     rejected: set[Any] = field(default_factory=set)  # and did not
+    left_to_python: bool = False  # whether torch.compile leaves it alone
     _function: Callable[..., Any] | None = None
     _float_function: Callable[..., Any] | None = None
     _condition: Callable[..., bool] | None = None
+
+    def __post_init__(self) -> None:
+        self.left_to_python = _calls_any(self.graph, LEFT_TO_PYTHON)
 
     def accepts(self, module: nn.Module, call: Call) -> bool:
         if call.names != self.names or call.signature != self.signature:
@@ -137,6 +142,7 @@ class Variant:
         for name, value in state.items():
             setattr(self, name, load_graph(value) if name == "graph" else value)
         self.validated, self.rejected, self._condition = set(), set(), None
+        self.__post_init__()
         self.compile()
 
 
@@ -164,13 +170,15 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     names: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, file, "exec"), names)
     forward = names["forward"]
+    if _calls_any(graph, LEFT_TO_PYTHON):
+        left_to_python(forward)
     switches = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
     return _leaving_blocks(forward) if switches else forward
 
 
 def _compilable(graph: fx.Graph) -> fx.Graph:
     """The graph, or a copy of it with other functions for those that torch.compile cannot take."""
-    if not any(node.op == "call_function" and name_of(node.target) in EAGER_ONLY for node in graph.nodes):
+    if not _calls_any(graph, EAGER_ONLY):
         return graph
     from qgraph.ops.grouped import grouped_mm
 
@@ -180,6 +188,10 @@ def _compilable(graph: fx.Graph) -> fx.Graph:
         if node.op == "call_function" and name_of(node.target) in EAGER_ONLY:
             nodes[node].target = grouped_mm
     return copied
+
+
+def _calls_any(graph: fx.Graph, names: frozenset[str]) -> bool:
+    return any(node.op == "call_function" and name_of(node.target) in names for node in graph.nodes)
 
 
 def _leaving_blocks(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -92,6 +92,18 @@ def test_lazy_capture_computes_what_an_early_one_does(name):
     assert {s.name for s in sites(early)} == {s.name for s in sites(late)}
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_first_call_in_inference_mode_is_captured_as_any_other(name):
+    _, model, first, _ = make(name)
+    ours, other = qgraph.prepare(model.eval(), "A4W2"), qgraph.prepare(model, "A4W2")
+    with torch.no_grad():
+        expected = leaves(ours(*first))
+    with torch.inference_mode():
+        out = leaves(other(*tree_map_only(torch.Tensor, lambda t: t.clone(), first)))
+    assert all(same(a, b) for a, b in zip(out, expected, strict=True))
+    assert coverage(other).graphs == coverage(ours).graphs
+
+
 class TypeSensitive(torch.nn.Module):
     """Fails while it is recorded, in the middle of its forward."""
 
