@@ -79,7 +79,7 @@ class Source:
 DATA = Source("data")
 CONSTANT = Source("constant")
 _TRANSPOSES = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "adjoint", "numpy_T"})
-_SAME = frozenset({"contiguous", "detach", "clone", "requires_grad_", "alias"})
+_SAME = frozenset({"contiguous", "detach", "clone", "requires_grad_", "alias", "_make_dual"})
 
 
 def combine(name: str, sources: Iterable[Source], transposes_last_two: bool = False) -> Source:

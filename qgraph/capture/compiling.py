@@ -5,9 +5,10 @@ Left to itself the compiler would take up every frame of that Python, and of our
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _SKIPPED = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT)
 _SKIPPED_WITH_ALL_BELOW = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+installed: set[CodeType] = set()  # of the forwards of captured classes
 _entries: weakref.WeakKeyDictionary[ModuleState, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
@@ -89,12 +91,27 @@ def leave_alone(*modules: ModuleType) -> None:
                     left_to_python(function)
 
 
-def leave_backward_alone(*functions: type[torch.autograd.Function]) -> None:
-    """Have the backward of these run as it is where autograd calls it beside compiled code; inside it is traced."""
+def leave_alone_with_all_below(*functions: Callable[..., Any]) -> None:
+    """The same for these and all that they call: quantizers, and their backward where autograd calls it by itself."""
     for function in functions:
-        set_code_exec_strategy(function.backward.__code__, _SKIPPED_WITH_ALL_BELOW)
+        set_code_exec_strategy(function.__code__, _SKIPPED_WITH_ALL_BELOW)
 
 
-def entry(cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The installed forward of a class; the compiler refuses torch's recurrent modules, so all of theirs is its."""
+def entry(cls: Any, forward: Any) -> Callable[..., Any]:
+    """The installed forward of a class, with code of its own: by code the compiler counts the versions that it makes.
+
+    That of a class of torch's stands in torch's file, so that the compiler takes it up within its caller alone, as it
+    does torch's. Of the recurrent ones, which it refuses, it takes up none.
+    """
+    code = forward.__code__.replace()
+    if is_torchs(cls):
+        written = inspect.unwrap(cls.forward).__code__
+        code = code.replace(co_filename=written.co_filename, co_firstlineno=written.co_firstlineno)
+    forward.__code__ = code
+    installed.add(code)
     return torch._compile._disable_dynamo(forward) if issubclass(cls, nn.RNNBase) else forward
+
+
+def is_torchs(cls: type) -> bool:
+    """Whether a class is one of torch's own layers and containers."""
+    return cls.__module__.startswith("torch.nn.modules.")

@@ -23,7 +23,7 @@ from qgraph.capture.compiling import (
     beside_graphs,
     entry,
     leave_alone,
-    leave_backward_alone,
+    leave_alone_with_all_below,
     outside_graphs,
     run_child,
     under_compiler,
@@ -37,7 +37,7 @@ from qgraph.capture.state import ModuleState
 from qgraph.capture.variants import MAX_VARIANTS, Call, Variant, shapes
 from qgraph.errors import CaptureError
 from qgraph.graph import STATE, quantizer_modules
-from qgraph.modules import exports_python
+from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer, exports_python
 
 _MOST_TRIED = 2  # graphs in one call
 
@@ -280,4 +280,7 @@ def _install_made(module: nn.Module, state: ModuleState) -> None:
 
 
 leave_alone(*(module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")))
-leave_backward_alone(*(f for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("qgraph.ops.")))
+_functions = [f for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("qgraph.ops.")]
+leave_alone_with_all_below(
+    WeightQuantizer.forward, ActivationQuantizer.forward, Sparsifier.forward, *(f.backward for f in _functions)
+)

@@ -16,7 +16,7 @@ from qgraph.capture.calls import transformed
 from qgraph.capture.source import locate
 from qgraph.capture.state import ModuleState, find_attribute, is_weight
 from qgraph.capture.structure import tensors_in, walk
-from qgraph.ops.vmapped import is_batched
+from qgraph.ops.vmapped import is_batched, unwrapped
 from qgraph.placement import Placed, Site, place
 from qgraph.sites import CONSTANT, DATA, SiteCall, Source, combine, site_call, swaps_last_two
 
@@ -48,7 +48,11 @@ class OperandTracker:
         if known is not None and known[0] is value:
             return known[1]
         path = find_attribute(self.module, value)
-        if path is None:
+        if path is None and (inside := unwrapped(value)) is not None:
+            source = self.source(inside)
+            if is_batched(value) and source.kind == "parameter":  # a member of the batch, not the parameter itself
+                source = Source("parameter", source.names)
+        elif path is None:
             source = DATA
         elif is_weight(self.module, path, value):
             source = Source("parameter", (self.owner.shared.canonical_name(self.owner.path, path),), exact=True)
@@ -59,7 +63,7 @@ class OperandTracker:
 
     def follow(self, args: Any, kwargs: Any, result: Any, name: str) -> None:
         """Note the source of what a function returned."""
-        tensors = _tensors((*args, *kwargs.values()))
+        tensors = _tensors(args[:1] if name == "_make_dual" else (*args, *kwargs.values()))  # not the tangent
         swapped = bool(args) and isinstance(args[0], Tensor) and swaps_last_two(name, args, args[0].dim())
         self._note(result, combine(name, [self.source(t) for t in tensors], swapped))
 
@@ -151,8 +155,8 @@ def _quantized(quantizer: Any, x: Tensor) -> Tensor:
 
 
 def _outside_transforms(weight: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A weight that is the same for the whole batch of a vmap is quantized outside of it."""
-    if not transformed() or torch._C._functorch.is_batchedtensor(weight):
+    """A weight that no transform runs over (vmap's batch, what grad differentiates by) is quantized outside of them."""
+    if not transformed() or torch._C._functorch.is_functorch_wrapped_tensor(weight):
         return contextlib.nullcontext()
     return temporarily_clear_interpreter_stack()
 

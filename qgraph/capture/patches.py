@@ -166,11 +166,12 @@ def _install(current: Callable[[], Any]) -> None:
 
     functional_call, vmap_level = stateless._functional_call, vmap._vmap_increment_nesting
 
-    def call_functionally(*args: Any, **kwargs: Any) -> Any:
+    def call_functionally(module: nn.Module, tensors: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         session = current()
-        if session is not None and session.recorder is not None:
-            session.recorder.fail("calls a module with other parameters than its own (functional_call)")
-        return functional_call(*args, **kwargs)
+        if session is None:
+            return functional_call(module, tensors, args, kwargs, **options)
+        args = args if isinstance(args, tuple) else () if args is None else (args,)
+        return session.call_functionally(functional_call, module, tensors, args, kwargs or {}, options)
 
     def enter_vmap(*args: Any, **kwargs: Any) -> Any:
         session = current()

@@ -9,6 +9,7 @@ quantizers at each site, recording or not; that is how a forward that stays Pyth
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,7 @@ class Recorder(TorchFunctionMode):
         self.inside = 0  # > 0 while the mode is on and the forward's own code runs
         self._lists: list[tuple[str, Any, list[Any]]] = []
         self.in_place = False
+        self._data_shapes: Counter[str] = Counter()  # by line: calls whose result's size depends on data
         self._versions: list[tuple[Tensor, int]] = []
         self._ended: str | None = None  # where the forward is written, once it is through
         self._rng: Any = None
@@ -83,6 +85,11 @@ class Recorder(TorchFunctionMode):
     @property
     def recording(self) -> bool:
         return self.reason is None
+
+    @property
+    def left_to_python(self) -> bool:
+        """Whether torch.compile leaves such a forward to Python as a whole: it would have to break it inside a loop."""
+        return any(times > 1 for times in self._data_shapes.values())
 
     def fail(self, reason: str) -> None:
         """Give the graph up, for the first reason met; the run goes on."""
@@ -278,6 +285,7 @@ class Recorder(TorchFunctionMode):
         node.meta["where"] = where
         self._guard_length(node, calls.name_of(func), result)
         data_dependent = calls.name_of(func) in calls.DATA_SHAPES or calls.boolean_index(func, args)
+        self._data_shapes.update([where] if data_dependent else ())
         return self.values.result(node, result, args, kwargs, versions, data_dependent)
 
     # -- guards --------------------------------------------------------------------------------------------------------
@@ -326,9 +334,14 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         result: Any,
         versions: Any,
+        swapped: tuple[dict[str, Any], dict[str, Any]] | None = None,
     ) -> Any:
-        """Write down a call of a child module; returns the result with its ints traced."""
-        self.operands.follow_child(module, f"{self.state.path}.{path}".lstrip("."), args, kwargs, result)
+        """Write down a call of a child module; returns the result with its ints traced.
+
+        `swapped`: the tensors that a `functional_call` puts in place of the child's own meanwhile, and its options.
+        """
+        given = args if swapped is None else (swapped[0], *args)
+        self.operands.follow_child(module, f"{self.state.path}.{path}".lstrip("."), given, kwargs, result)
         if not self.recording:
             return result
         try:
@@ -337,11 +350,15 @@ class Recorder(TorchFunctionMode):
             self.effects.refresh()
             node_args, node_kwargs = self.values.argument(args), self.values.argument(kwargs)
             where, variable = locate()
-            node = self.graph.create_node("call_module", path, tuple(node_args), node_kwargs, name=variable)
+            if swapped is None:
+                node = self.graph.create_node("call_module", path, tuple(node_args), node_kwargs, name=variable)
+            else:
+                call = (self.graph.get_attr(path), self.values.argument(swapped[0]), tuple(node_args), node_kwargs)
+                node = self.graph.create_node("call_function", torch.func.functional_call, call, swapped[1], variable)
             node.meta["where"] = where
             node.meta["holds_parameters"] = next(module.parameters(), None) is not None
             self.counters.show()
-            if not isinstance(result, Tensor) or _holds_python(module):
+            if swapped is not None or not isinstance(result, Tensor) or _holds_python(module):
                 self._check(check_structure, (node, signature(result), where))
             seen = self.values.result(node, result, args, kwargs, versions, False)
             if not isinstance(result, Tensor):

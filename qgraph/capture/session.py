@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from qgraph.capture.checkpointing import REENTRANT, repeatable
+from qgraph.capture.compiling import is_torchs
 from qgraph.capture.functions import watched
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import quantized_again
@@ -136,6 +137,31 @@ class Session:
             result = original(module, *plain_args, **plain_kwargs)
         with torch._C.DisableTorchFunction(), parent.outside():
             return parent.child_called(path, module, args, kwargs, result, versions)
+
+    def call_functionally(
+        self,
+        original: Callable[..., Any],
+        module: nn.Module,
+        tensors: dict[str, Any],
+        args: Any,
+        kwargs: Any,
+        options: dict[str, bool],
+    ) -> Any:
+        """A `functional_call` by the forward: a child is called, with other tensors than its own."""
+        parent = self.recorder
+        if parent is None:
+            return original(module, tensors, args, kwargs, **options)
+        with parent.outside():
+            path = parent.path_to(module)
+        if not path:
+            parent.fail("calls a module with other parameters than its own, which is not its child (functional_call)")
+            return original(module, tensors, args, kwargs, **options)
+        plain_args, plain_kwargs = plain(args), plain(kwargs)
+        with parent.suspended((*tensors.values(), *plain_args), plain_kwargs):
+            versions = parent.values.versions((*tensors.values(), *plain_args), plain_kwargs)
+            result = original(module, tensors, plain_args, plain_kwargs, **options)
+        with torch._C.DisableTorchFunction(), parent.outside():
+            return parent.child_called(path, module, args, kwargs, result, versions, (tensors, options))
 
     def call_leaf(self, target: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A torch.autograd.Function: one call of the graph, never looked into."""
@@ -275,6 +301,8 @@ class Session:
                     recorder.graph,
                     recorder.late_guards,
                     recorder.in_place,
+                    torchs=is_torchs(type(recorder.module)),
+                    left_to_python=recorder.left_to_python,
                 )
                 if any(variant.alike(other) for other in state.variants[before:]):
                     return  # another thread was faster

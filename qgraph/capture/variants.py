@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
@@ -20,7 +22,7 @@ from torch import fx, nn
 
 from qgraph.capture.attributes import Held
 from qgraph.capture.calls import EAGER_ONLY, LEFT_TO_PYTHON, name_of
-from qgraph.capture.compiling import left_to_python
+from qgraph.capture.compiling import installed, left_to_python
 from qgraph.capture.guards import Guard, check_structure
 from qgraph.capture.names import python_code
 from qgraph.capture.structure import tensors_in
@@ -56,13 +58,19 @@ class Variant:
     in_place: bool = False  # whether the forward changed tensors among its arguments
     validated: set[Any] = field(default_factory=set)  # sizes for which the late guards held
     rejected: set[Any] = field(default_factory=set)  # and did not
-    left_to_python: bool = False  # whether torch.compile leaves it alone
+    torchs: bool = False  # whether its module is one of torch's own
+    left_to_python: bool = False  # whether torch.compile leaves it alone, wherever it is called
     _function: Callable[..., Any] | None = None
     _float_function: Callable[..., Any] | None = None
     _condition: Callable[..., bool] | None = None
 
     def __post_init__(self) -> None:
-        self.left_to_python = _calls_any(self.graph, LEFT_TO_PYTHON)
+        self.left_to_python |= _calls_any(self.graph, LEFT_TO_PYTHON)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether torch.compile may take up the graph where it meets it by itself."""
+        return not self.torchs and not self.left_to_python
 
     def accepts(self, module: nn.Module, call: Call) -> bool:
         if call.names != self.names or call.signature != self.signature:
@@ -103,7 +111,7 @@ class Variant:
     def function(self) -> Callable[..., Any]:
         """The graph as a Python function of (module, *arguments)."""
         if self._function is None:
-            self._function = compile_graph(self.graph)
+            self._function = compile_graph(self.graph, self._alone)
         return self._function
 
     def run(self, module: nn.Module, values: tuple[Any, ...]) -> Any:
@@ -112,12 +120,12 @@ class Variant:
         if quantizers is None or torch.compiler.is_compiling() or not quantizers.off():
             return self.function()(module, *values)
         if self._float_function is None:
-            self._float_function = compile_graph(without_quantizers(self.graph))
+            self._float_function = compile_graph(without_quantizers(self.graph), self._alone)
         return self._float_function(module, *values)
 
     def compile(self) -> None:
         """Compile the graph as it is now, before its next call: torch.compile must not meet the work."""
-        self._function, self._float_function = compile_graph(self.graph), None
+        self._function, self._float_function = compile_graph(self.graph, self._alone), None
         if self.guards:
             self._condition = self._compile_condition()
 
@@ -132,7 +140,17 @@ class Variant:
 
         state = {
             name: getattr(self, name)
-            for name in ("names", "signature", "training", "held", "guards", "late_guards", "in_place")
+            for name in (
+                "names",
+                "signature",
+                "training",
+                "held",
+                "guards",
+                "late_guards",
+                "in_place",
+                "torchs",
+                "left_to_python",
+            )
         }
         return {**state, "graph": dump_graph(self.graph)}
 
@@ -148,30 +166,43 @@ class Variant:
 
 _PLUMBING = (os.path.dirname(__file__), nn.modules.module.__file__, contextlib.__file__, functools.__file__)
 GENERATED = "<qgraph "  # what the file names of compiled graphs begin with
+_numbers = itertools.count()
+_compiled: weakref.WeakValueDictionary[Any, Callable[..., Any]] = weakref.WeakValueDictionary()
 
 
 def called_by_graph() -> bool:
     """Whether the module whose forward is running was called by a captured graph, not by Python."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_PLUMBING):
+    while frame is not None and (frame.f_code.co_filename.startswith(_PLUMBING) or frame.f_code in installed):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(GENERATED)
 
 
-def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
-    """Compile a graph to a function of (module, *arguments); tracebacks show its source, and the user's line behind."""
+def compile_graph(graph: fx.Graph, alone: bool) -> Callable[..., Any]:
+    """Compile a graph to a function of (module, *arguments); tracebacks show its source, and the user's line behind.
+
+    Graphs that read alike, as those of the layers of a stack, are one function: torch.compile then takes up one.
+    Where not `alone`, it does so within callers only.
+    """
+    code = python_code(_compilable(graph))
+    places = {node.name: node.meta["where"] for node in graph.nodes if "where" in node.meta}
+    lines = tuple(_with_place(line, places) for line in code.src.splitlines())
+    alike = (alone, lines, *((name, id(value)) for name, value in code.globals.items()))
+    found = _compiled.get(alike)
+    if found is None:
+        found = _compiled[alike] = _compile(graph, code.src, lines, dict(code.globals))
+        if not alone:
+            left_to_python(getattr(found, "written", found))
+    return found
+
+
+def _compile(graph: fx.Graph, source: str, lines: tuple[str, ...], names: dict[str, Any]) -> Callable[..., Any]:
     import linecache
 
-    code = python_code(_compilable(graph))
-    file = f"{GENERATED}{id(graph):x}>"
-    places = {node.name: node.meta["where"] for node in graph.nodes if "where" in node.meta}
-    lines = [_with_place(line, places) for line in code.src.splitlines()]
-    linecache.cache[file] = (len(code.src), None, lines, file)
-    names: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, file, "exec"), names)
+    file = f"{GENERATED}{next(_numbers)}>"
+    linecache.cache[file] = (len(source), None, list(lines), file)
+    exec(compile(source, file, "exec"), names)
     forward = names["forward"]
-    if _calls_any(graph, LEFT_TO_PYTHON):
-        left_to_python(forward)
     switches = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
     return _leaving_blocks(forward) if switches else forward
 
@@ -205,6 +236,7 @@ def _leaving_blocks(forward: Callable[..., Any]) -> Callable[..., Any]:
             torch._C._set_grad_enabled(enabled)
             raise
 
+    run.written = forward  # type: ignore[attr-defined]
     return run
 
 

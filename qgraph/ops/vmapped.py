@@ -20,6 +20,13 @@ def is_batched(x: Tensor) -> bool:
     return False
 
 
+def unwrapped(x: Tensor) -> Tensor | None:
+    """What a functorch transform (vmap, grad, jvp) has made its tensor `x` of; None for any other."""
+    if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
+    return torch._C._functorch.get_unwrapped(x)
+
+
 def vmapped(function: T) -> T:
     """Give an autograd Function a rule for ``torch.vmap``."""
     function.vmap = staticmethod(functools.partial(_each, function))  # type: ignore[method-assign]

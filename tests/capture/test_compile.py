@@ -277,3 +277,62 @@ def test_a_recurrent_layer_stays_outside_and_the_rest_is_compiled():
     torch.testing.assert_close(compiled(x), prepared(x))
     compiled(torch.randn(2, 5, 8))
     assert len(compiled.graphs) <= max(1, len(eager.graphs))
+
+
+def test_layers_that_are_alike_are_compiled_once_and_torchs_own_within_their_callers():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.b(self.a(x).relu())
+
+    class Tagger(nn.Module):
+        """The compiler stops at the recurrent layer, and takes up what it meets after it."""
+
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.layers = nn.LSTM(4, 4, batch_first=True), nn.ModuleList(Layer() for _ in range(12))
+            self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+        def forward(self, x):
+            x = self.rnn(x)[0]
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    x = torch.randn(2, 3, 4)
+    model = Tagger().eval()
+    eager, compiled = Compiled(model), Compiled(qgraph.prepare(model, "A8W4", (x,)))
+    eager(x)
+    torch._dynamo.reset()
+    compiled(x)
+    assert len(compiled.graphs) == len(eager.graphs) == 1
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU())])
+def test_a_layer_of_torchs_own_is_compiled_where_it_is_the_model(make):
+    x = rows()
+    prepared = qgraph.prepare(make(), "A8W4", (x,))
+    compiled = Compiled(prepared)
+    torch.testing.assert_close(compiled(x), prepared(x))
+    assert len(compiled.graphs) == 1
+
+
+def test_a_loop_over_parts_that_data_choose_is_left_to_python_as_in_eager():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x, chosen):
+            out = torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                out[chosen == i] = expert(x[chosen == i])
+            return out
+
+    x, chosen = torch.randn(6, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    prepared = qgraph.prepare(Routed(), "A8W4", (x, chosen))
+    compiled = Compiled(prepared)
+    assert torch.equal(compiled(x, chosen), prepared(x, chosen)) and not compiled.graphs

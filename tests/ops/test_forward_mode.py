@@ -34,3 +34,26 @@ def test_the_derivative_along_a_weight_is_that_of_backward():
     slope = torch.func.jvp(of_weight, (weight,), (torch.ones_like(weight),))[1]
     jacobian = torch.autograd.functional.jacobian(of_weight, weight)
     torch.testing.assert_close(slope, jacobian.sum((2, 3)))
+
+
+@pytest.mark.parametrize("derivative", ["grad", "jvp"])
+def test_a_derivative_by_a_weight_inside_a_forward_goes_through_its_quantizer(derivative):
+    class Slopes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 4, dtype=torch.float64))
+
+        def forward(self, x):
+            def energy(w):
+                return torch.tanh(x @ w).sum()
+
+            if derivative == "grad":
+                return torch.func.grad(energy)(self.w)
+            return torch.func.jvp(energy, (self.w,), (torch.ones_like(self.w),))[1]
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, dtype=torch.float64)
+    prepared = qgraph.prepare(Slopes(), "W2", x).eval()
+    w = prepared.w.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(torch.tanh(x @ prepared.qgraph["w"](w)).sum(), w)
+    torch.testing.assert_close(prepared(x).detach(), slope if derivative == "grad" else slope.sum())

@@ -44,7 +44,7 @@ class Ensembled(nn.Module):
         return torch.vmap(lambda own: torch.func.functional_call(first, own, (x,)))(stacked).mean(0)
 
 
-@trap(rows(4), opaque=True)
+@trap(rows(4))
 class Functionalized(nn.Module):
     """A hypernetwork: the weights of one network are computed by another."""
 
@@ -131,7 +131,7 @@ class EnableGrad(nn.Module):
         return energy, -force
 
 
-@trap(rows(4), opaque=True)
+@trap(rows(4))
 class FrozenSwapped(nn.Module):
     """`functional_call` with a weight made of a frozen parameter: a tensor that asks for no gradient."""
 
@@ -155,3 +155,15 @@ class Tangents(nn.Module):
     def forward(self, x):
         h, slope = torch.func.jvp(lambda t: torch.tanh(self.fc(t)), (x,), (torch.ones_like(x),))
         return self.head(h), self.head(slope)
+
+
+@trap(rows(6), opaque=True)
+class BatchedWeights(nn.Module):
+    """A vmap over the members of one parameter, which the function inside gets as its argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(3, 6, 4)), nn.Linear(12, 2)
+
+    def forward(self, x):
+        return self.head(torch.vmap(lambda w: x @ w, out_dims=1)(self.w).flatten(1))
