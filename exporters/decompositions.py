@@ -146,6 +146,50 @@ def scattered(input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, 
     return torch.where(count > 0, added / count.clamp(min=1), input)
 
 
+def smoothed_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    """the sum over the classes; the exporter's own leaves the smoothing out, and takes no probabilities.
+
+    Parameters
+    ----------
+    input : Tensor, shape (classes,) or (n, classes, ...)
+    target : Tensor, shape () or (n, ...) of int, or probabilities of the shape of `input`
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
+    """
+    probabilities = target.is_floating_point()
+    if size_average is not None or reduce is not None or not (label_smoothing or probabilities):
+        return NotImplemented
+    at = min(1, input.dim() - 1)
+    logs, classes = input.log_softmax(at), input.shape[at]
+    weights = torch.ones(classes, dtype=input.dtype, device=input.device) if weight is None else weight
+    shape = [classes if dim == at else 1 for dim in range(input.dim())]
+    weighted = logs * weights.reshape(shape)
+    if probabilities:
+        share = target * (1 - label_smoothing) + label_smoothing / classes
+        losses, total = -(weighted * share).sum(at), None
+    else:
+        kept = target != ignore_index
+        chosen = torch.where(kept, target, 0)
+        total = torch.where(kept, weights[chosen], 0.0)
+        named = -weighted.gather(at, chosen.unsqueeze(at)).squeeze(at)
+        losses = (1 - label_smoothing) * named - label_smoothing / classes * weighted.sum(at)
+        losses = torch.where(kept, losses, 0.0)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if total is None else losses.sum() / total.sum()
+
+
 def _up_to_each(input: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """All values for each place along `dim`, shape (..., n, n), and which of them come no later."""
     last = input.movedim(dim, -1)
@@ -168,4 +212,5 @@ DECOMPOSITIONS: Mapping[str, Callable[..., Any]] = {
     "median": median,
     "kthvalue": kth_value,
     "scatter_reduce": scattered,
+    "cross_entropy": smoothed_cross_entropy,
 }

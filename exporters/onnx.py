@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qgraph.errors import CalibrationError, ExportError
 from qgraph.exporters.assemble import as_stored, assemble, describe
+from qgraph.exporters.computed import FromInputs, quantize_as_they_come
 from qgraph.exporters.job import Job, Say, check_arguments, collect_again, prepare_job
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
 from qgraph.exporters.lowering.qdq import FOUR_BITS, TWO_BITS, TWO_BITS_IR
@@ -39,7 +40,7 @@ from qgraph.exporters.report import ExportReport, metadata
 from qgraph.exporters.shapes import ShapePlan, candidate_plans, given_plan, tracing_example
 from qgraph.exporters.signature import run_eagerly
 from qgraph.exporters.trace import DEFAULT_OPSET, Traced, explain, is_data_dependent, trace
-from qgraph.exporters.verify import QDQ_AS_WRITTEN, Example, Verified, Verifier, WrongFile, check
+from qgraph.exporters.verify import QDQ_AS_WRITTEN, Example, Verified, Verifier, WrongFile, check, other_values
 from qgraph.exporters.write import move_into_place, save, workspace
 from qgraph.graph import unwrapped
 from qgraph.version import __version__
@@ -225,7 +226,8 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     _save(job, model, report, owned_by, file)
     check(file)
     try:
-        verified = _verify(job, plan, file, folder, model, lowered, layers) if verify else None
+        others = not (traced.selecting or traced.random)
+        verified = _verify(job, plan, file, folder, model, lowered, layers, others) if verify else None
     except WrongFile as error:
         if traced.random:
             raise _draws_at_random(job, traced.random) from error
@@ -282,6 +284,11 @@ def _trace(job: Job, plan: ShapePlan) -> Traced:
         traced = trace(job.flat, tracing_example(plan, job.flat.inputs.tensors), plan, job.opset, job.python)
     except ExportError:
         raise
+    except FromInputs as found:
+        quantize_as_they_come(job.model, found.sites)
+        collect_again(job, job.python)
+        job.notes += [f"{site} is computed from the inputs: quantized in the file as it comes" for site in found.sites]
+        return _trace(job, plan)
     except Exception as error:
         explained = explain(error, job.original)
         explained.__cause__ = error
@@ -338,11 +345,14 @@ def _verify(
     model: ir.Model,
     lowered: Lowered,
     layers: dict[str, ir.Value],
+    others: bool,
 ) -> Verified:
     weighted = {site.rpartition(".")[0] for site in lowered.weights}
     examples = [Example("the example", job.flat.inputs.tensors, job.reference)]
     if plan.second is not None and plan.reference is not None:
         examples.append(Example("a second shape", plan.second, plan.reference))
+    if others:
+        examples += other_values(job.flat, job.flat.inputs.tensors, job.reference)
     verifier = Verifier(
         job.flat,
         file,

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from qgraph.capture.names import any_name
 from qgraph.errors import ExportError
+from qgraph.exporters.computed import FromInputs, forget_computation, sites_from_inputs
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.lowering.records import DOMAIN
 from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, modules_as_they_are
@@ -86,6 +87,8 @@ def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: in
 
     Raises
     ------
+    FromInputs
+        For the sites of weights that are computed from the inputs.
     DataDependent, ExportError, Exception
         The exporter's own error where it is none of ours: the caller decides whether to try fewer dynamic
         sizes.
@@ -116,6 +119,9 @@ def _trace(
         stack.enter_context(torch.random.fork_rng(devices=[]))
         with exporting(python) as sites, recurrent.RecurrentAsOperator(), rewrites, modules_as_they_are():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
+        if computed := sites_from_inputs(program):
+            raise FromInputs(computed)
+        forget_computation(program)
         stack.enter_context(table_read_once())
         try:
             onnx_program = torch.onnx.export(

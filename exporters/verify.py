@@ -26,7 +26,7 @@ from qgraph.exporters.probe import (
     relative_difference,
     session_of,
 )
-from qgraph.exporters.signature import FlatModel
+from qgraph.exporters.signature import FlatModel, run_eagerly
 from qgraph.exporters.write import save
 from qgraph.modules import ActivationForm
 
@@ -45,6 +45,21 @@ class Example:
     name: str
     tensors: Sequence[Tensor]
     reference: Sequence[Tensor]
+
+
+def other_values(flat: FlatModel, tensors: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Example]:
+    """The example turned round in all its dimensions: there shows what a trace took off its values for good.
+
+    None where the model does not take them, or answers in another shape or by no number.
+    """
+    turned = [tensor.flip(tuple(range(tensor.dim()))) for tensor in tensors]
+    try:
+        answer = run_eagerly(flat, turned)
+    except Exception:
+        return []
+    alike = [value.shape for value in answer] == [value.shape for value in reference]
+    finite = all(bool(torch.isfinite(value).all()) for value in answer)
+    return [Example("other values", turned, answer)] if alike and finite else []
 
 
 @dataclass(slots=True)

@@ -14,6 +14,8 @@ Y = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1))
 LONG = torch.randn(2, 30, 6, generator=torch.Generator().manual_seed(2))
 SORTED = Y.sort(-1).values
 INDEX = torch.tensor([[0, 0, 2], [1, 1, 1], [2, 0, 2]])[:, :, None].expand(3, 3, 6)
+LABELS = torch.tensor([[0, 1, 2, 3, 4, 0], [1, -100, 1, 1, 2, 2], [4, 4, 3, 3, 0, -100]])
+WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 0.1, 1.5])
 
 CALLS = {
     **{f"cdist p={p}": ("cdist", (X, Y, p), {}) for p in (0.0, 1.0, 2.0, 3.0, float("inf"))},
@@ -34,13 +36,20 @@ CALLS = {
     "kthvalue": ("kthvalue", (X, 3, 1), {}),
     "mean with self": ("scatter_reduce", (X, 1, INDEX, Y, "mean"), {}),
     "mean without self": ("scatter_reduce", (X, 1, INDEX, Y, "mean"), {"include_self": False}),
+    "smoothed": ("cross_entropy", (X, LABELS), {"label_smoothing": 0.1}),
+    "smoothed, weighted": ("cross_entropy", (X, LABELS, WEIGHTS), {"label_smoothing": 0.3}),
+    "smoothed, of one": ("cross_entropy", (X[0, 0], LABELS[0, 0]), {"label_smoothing": 0.1}),
+    "smoothed, each": ("cross_entropy", (X, LABELS), {"label_smoothing": 0.1, "reduction": "none"}),
+    "probabilities": ("cross_entropy", (X, X.softmax(1), WEIGHTS), {}),
+    "probabilities, smoothed": ("cross_entropy", (X, X.softmax(1)), {"label_smoothing": 0.1, "reduction": "sum"}),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_decomposition_is_what_torch_computes(name):
     function, args, kwargs = CALLS[name]
-    expected = getattr(torch, function)(*args, **kwargs)
+    expected = getattr(torch, function, None) or getattr(nn.functional, function)
+    expected = expected(*args, **kwargs)
     found = DECOMPOSITIONS[function](*args, **kwargs)
     if not isinstance(expected, torch.Tensor):
         assert type(found) is type(expected)
@@ -71,7 +80,8 @@ class All(nn.Module):
         y = y + self.codebook(nearest) + torch.searchsorted(self.edges, x)
         y = y + y.cummax(1)[0] + y.cummin(1).values + torch.sigmoid(y).cumprod(1) + y.median(1, keepdim=True)[0]
         spread = torch.zeros(x.shape[0], 4, 6).scatter_reduce(1, index, y, "mean", include_self=False)
-        return y + y.kthvalue(2, 1, keepdim=True)[0], spread
+        loss = nn.functional.cross_entropy(y, index[:, 0], label_smoothing=0.1)
+        return y + y.kthvalue(2, 1, keepdim=True)[0], spread, loss
 
 
 def test_a_model_that_torch_cannot_export_is_exported(tmp_path):

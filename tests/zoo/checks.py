@@ -147,7 +147,8 @@ def check(name: str, model: nn.Module, calls: list[Call]) -> Found:
     _on(found, model, prepared, calls, expected)
     _objects(found, model, prepared, calls)
     if not all_same(run(eager, calls[0], True, model).outputs, expected[0, True].outputs):  # eager itself varies
-        found.failures = [f for f in found.failures if not f.startswith("off")]
+        compared = ("another result the second time", "outputs differ", "other results")
+        found.failures = [f for f in found.failures if not f.startswith("off") and not f.endswith(compared)]
     report = coverage(prepared)
     found.sites, found.quantized = report.sites, report.sites_quantized
     found.modules, found.captured = report.modules, report.captured
