@@ -281,7 +281,8 @@ def _report(
 def _trace(job: Job, plan: ShapePlan) -> Traced:
     job.say("tracing" + (f" with {'; '.join(plan.describe(job.flat.inputs.names))}" if any(plan.dims) else ""))
     try:
-        traced = trace(job.flat, tracing_example(plan, job.flat.inputs.tensors), plan, job.opset, job.python)
+        example = tracing_example(plan, job.flat.inputs.tensors)
+        traced = trace(job.flat, example, plan, job.opset, job.python, job.collected.calls)
     except ExportError:
         raise
     except FromInputs as found:

@@ -14,7 +14,7 @@ import re
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -70,7 +70,14 @@ class Traced:
     selecting: list[str]
 
 
-def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, python: bool = False) -> Traced:
+def trace(
+    flat: FlatModel,
+    tensors: Sequence[Tensor],
+    plan: ShapePlan,
+    opset: int,
+    python: bool = False,
+    calls: Mapping[str, Sequence[str]] | None = None,
+) -> Traced:
     """Export to an ONNX graph in memory.
 
     Parameters
@@ -84,6 +91,8 @@ def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: in
     opset : int
     python : bool
         Trace every module's own Python in place of its captured graph.
+    calls : mapping, optional
+        What the weight of each call of a site is named.
 
     Raises
     ------
@@ -95,15 +104,21 @@ def trace(flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: in
     """
     with _one_at_a_time:
         try:
-            return _trace(flat, tensors, plan, opset, python, Rewrites(ALWAYS))
+            return _trace(flat, tensors, plan, opset, python, calls, Rewrites(ALWAYS))
         except Exception as error:
             if not _attention_trouble(error):
                 raise
-        return _trace(flat, tensors, plan, opset, python, Rewrites({**ALWAYS, **ATTENTION}))
+        return _trace(flat, tensors, plan, opset, python, calls, Rewrites({**ALWAYS, **ATTENTION}))
 
 
 def _trace(
-    flat: FlatModel, tensors: Sequence[Tensor], plan: ShapePlan, opset: int, python: bool, rewrites: Rewrites
+    flat: FlatModel,
+    tensors: Sequence[Tensor],
+    plan: ShapePlan,
+    opset: int,
+    python: bool,
+    calls: Mapping[str, Sequence[str]] | None,
+    rewrites: Rewrites,
 ) -> Traced:
     _register_schemas()
     named = plan.torch_dims()
@@ -117,7 +132,7 @@ def _trace(
         stack.enter_context(torch.no_grad())
         stack.enter_context(any_name())
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        with exporting(python) as sites, recurrent.RecurrentAsOperator(), rewrites, modules_as_they_are():
+        with exporting(python, calls) as sites, recurrent.RecurrentAsOperator(), rewrites, modules_as_they_are():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         if computed := sites_from_inputs(program):
             raise FromInputs(computed)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,10 +70,19 @@ class Collected:
     weights: dict[str, Compact] = field(default_factory=dict)
     activations: dict[str, ActivationForm] = field(default_factory=dict)
     sparsity: dict[str, SparsitySpec] = field(default_factory=dict)
+    calls: dict[str, list[str]] = field(default_factory=dict)  # by site the name of what each of its calls deploys
 
     def add_weight(self, site: str, quantized: Quantized) -> None:
-        """Keep what a site deploys."""
-        self.weights[site] = Compact.of(quantized)
+        """Keep what a site deploys; the weight of a later call that has another (`functional_call`) by a name of its own."""
+        weight, names = Compact.of(quantized), self.calls.setdefault(site, [])
+        met = list(dict.fromkeys(names))
+        name = next((name for name in met if self.weights[name].equals(weight)), None)
+        if name is None:
+            name = f"{site}/{len(met) + 1}" if met else site
+            self.weights[name] = weight
+            if site in self.sparsity:
+                self.sparsity[name] = self.sparsity[site]
+        names.append(name)
 
 
 class _Run:
@@ -87,6 +97,8 @@ class _Run:
         self.exporting = False
         self.python = False
         self.emitted: set[str] = set()
+        self.calls: Mapping[str, Sequence[str]] = {}  # as in `Collected`
+        self.called: Counter[str] = Counter()
         self.observe: Callable[[ActivationQuantizer, Tensor], None] | None = None
 
 
@@ -130,13 +142,15 @@ def observing(observe: Callable[[ActivationQuantizer, Tensor], None]) -> Iterato
 
 
 @contextlib.contextmanager
-def exporting(python: bool = False) -> Iterator[set[str]]:
+def exporting(python: bool = False, calls: Mapping[str, Sequence[str]] | None = None) -> Iterator[set[str]]:
     """Make each quantizer emit one stand-in operator, `qgraph::weight` or `qgraph::activation`.
 
     Parameters
     ----------
     python : bool
         Run every module's own Python, with the same quantizers, where else its captured graph runs.
+    calls : mapping, optional
+        What each call of a site is named, as a run of the model has collected it.
 
     Yields
     ------
@@ -144,8 +158,16 @@ def exporting(python: bool = False) -> Iterator[set[str]]:
         The sites that have emitted theirs.
     """
     emitted: set[str] = set()
-    with _behaving(exporting=True, python=python, emitted=emitted):
+    with _behaving(exporting=True, python=python, emitted=emitted, calls=calls or {}, called=Counter()):
         yield emitted
+
+
+def _emit_weight(run: _Run, weight: Tensor, site: str) -> Tensor:
+    names = run.calls.get(site, (site,))
+    name = names[min(run.called[site], len(names) - 1)]
+    run.called[site] += 1
+    run.emitted.add(name)
+    return torch.ops.qgraph.weight(weight, name)
 
 
 def exports_python() -> bool:
@@ -218,8 +240,7 @@ class WeightQuantizer(Quantizer):
             dense = None
         run = run_state()
         if run.exporting:
-            run.emitted.add(self.site)
-            return torch.ops.qgraph.weight(weight if dense is None else dense, self.site)
+            return _emit_weight(run, weight if dense is None else dense, self.site)
         collecting = run.collected is not None and not is_batched(weight)  # else it is many weights, and gone after
         if collecting or self.scale_dtype != torch.float32:
             pruned = None if dense is None else dense.detach()
@@ -315,8 +336,7 @@ class Sparsifier(nn.Module):
         if run.exporting:
             if not self.alone:
                 return weight
-            run.emitted.add(self.site)
-            return torch.ops.qgraph.weight(weight, self.site)
+            return _emit_weight(run, weight, self.site)
         pruned = self._pruned(weight, self.sparsity)
         if self.sparsity.decay and torch.is_grad_enabled():
             pruned = SparseRefined.apply(pruned, weight, self.sparsity.decay)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 
 import torch
@@ -56,6 +56,14 @@ class Compact:
             return cls(quantized, None, ())
         data = Layout.of(quantized.spec, quantized.sparse).pack(quantized.codes)
         return cls(replace(quantized, codes=None), data, tuple(quantized.codes.shape))
+
+    def equals(self, other: Compact) -> bool:
+        """Whether two deploy the same codes and scales."""
+        mine, theirs = ((c.data, *(getattr(c.rest, f.name) for f in fields(c.rest))) for c in (self, other))
+        return self.shape == other.shape and all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
+            for a, b in zip(mine, theirs, strict=True)
+        )
 
     def expand(self) -> Quantized:
         """The same as was given."""

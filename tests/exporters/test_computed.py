@@ -83,3 +83,35 @@ def test_what_a_trace_takes_off_the_example_for_good_is_found_by_other_values(tm
     with pytest.raises(ExportError, match="on other values"):
         qgraph.export(prepared, tmp_path / "m.onnx", (x,), dynamic_shapes={}, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+class Adapted(nn.Module):
+    """One network with its own weights, and with others that a step of learning makes of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.rate = (
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)),
+            nn.Parameter(torch.tensor(0.1)),
+        )
+
+    def forward(self, x):
+        own = dict(self.net.named_parameters())
+        other = {name: value * (1 - self.rate) + 0.01 for name, value in own.items()}
+        return self.net(x) + torch.func.functional_call(self.net, other, (x,)) * self.net(-x)
+
+
+@pytest.mark.parametrize("config", ["W4", "A8W2", "W1-2:4", "-50%"])
+def test_a_layer_that_is_called_with_other_weights_has_both_in_the_file(tmp_path, config):
+    torch.manual_seed(0)
+    x = torch.randn(5, 8)
+    prepared = qgraph.prepare(Adapted(), config, (x,)).eval()
+    report = qgraph.export(prepared, tmp_path / "m.onnx", (x,), progress=False)
+    names = {f"net.{i}.weight{call}" for i in (0, 2) for call in ("", "/2")}
+    assert [layer.path for layer in report.layers].count("net.0") == 2
+    assert set(qgraph.unpack(tmp_path / "m.onnx")) == names
+    expected = prepared(x).detach().numpy()
+    assert (
+        np.abs(run(tmp_path / "m.onnx", x) - expected).max()
+        <= (2e-2 if "A" in config else 1e-5) * np.abs(expected).max()
+    )
