@@ -73,7 +73,7 @@ class Collected:
     calls: dict[str, list[str]] = field(default_factory=dict)  # by site the name of what each of its calls deploys
 
     def add_weight(self, site: str, quantized: Quantized) -> None:
-        """Keep what a site deploys; the weight of a later call that has another (`functional_call`) by a name of its own."""
+        """Keep what a site deploys; where a later call has another weight (`functional_call`), by a name of its own."""
         weight, names = Compact.of(quantized), self.calls.setdefault(site, [])
         met = list(dict.fromkeys(names))
         name = next((name for name in met if self.weights[name].equals(weight)), None)
