@@ -255,9 +255,15 @@ def _save(job: Job, model: ir.Model, report: ExportReport, owned_by: Sequence[st
     merged = merge(small, [item.name for item in report.leftovers])
     shorten(small.graph, {name for name in small.graph.initializers if name in merged or "." in name})
     _stamp(small, report, merged)
-    if not fits(small) and job.target == "ort":
+    if fits(small):
+        return
+    if job.target == "ort":
         outline(small, [SHARED] * len(merged) + list(owned_by), modules)
-        save(small, file)
+    else:
+        _stamp(small, report, merged, [node.name for node in small.graph])
+        for node in small.graph:
+            node.name = None
+    save(small, file)
 
 
 def _report(
@@ -322,14 +328,19 @@ def _lost_sites(job: Job, lost: Sequence[str]) -> ExportError:
     )
 
 
-def _stamp(model: ir.Model, report: ExportReport, merged: Mapping[str, Sequence[str]] | None = None) -> None:
+def _stamp(
+    model: ir.Model,
+    report: ExportReport,
+    merged: Mapping[str, Sequence[str]] | None = None,
+    nodes: Sequence[str | None] = (),
+) -> None:
     if model.graph.opset_imports.get("", 0) >= TWO_BITS:
         model.ir_version = max(model.ir_version or 0, TWO_BITS_IR)
     model.producer_name = "qgraph"
     model.producer_version = __version__
     model.doc_string = None
     model.metadata_props.clear()
-    model.metadata_props.update(metadata(report, __version__, merged))
+    model.metadata_props.update(metadata(report, __version__, merged, nodes))
 
 
 def _verify(
