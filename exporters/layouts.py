@@ -1,4 +1,4 @@
-"""Runs of nodes that only lay values out anew, written as one Reshape and one Transpose where that is all they do.
+"""Nodes that only lay values out anew: a run of them as one Reshape and one Transpose, and none around a product.
 
 An attention in torch has a dozen of them. Dimensions are taken apart into factors, the named ones too, and put together
 again; what was dynamic stays so.
@@ -9,14 +9,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from qgraph.exporters.lowering.builder import GraphBuilder
+from qgraph.exporters.lowering.records import DOMAIN
+from qgraph.exporters.lowering.uses import Use, as_product
+from qgraph.modules import ActivationForm
 
 MOVES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze")
+ROW_WISE = ("token", "tensor")  # groups that rows have, however they are counted
 Branch = tuple[ir.Node, list[ir.Node]]  # a Gather, and the run behind it
 
 
@@ -39,6 +43,89 @@ def gather_moves(graph: ir.Graph, follow: dict[str, ir.Value]) -> None:
             branches = _branches(run[-1].outputs[0], kept)
             if not any(_replaced(b, run, branches, n, follow) for n in range(_alike(branches), 0, -1)):
                 any(_replaced(b, run[:n], [], 0, follow) for n in range(len(run), 1, -1))
+
+
+def keep_rows(graph: ir.Graph, follow: dict[str, ir.Value], forms: Mapping[str, ActivationForm]) -> None:
+    """Rows that are flattened for a Gemm, and then laid out as they were, go through a MatMul and an Add as they are.
+
+    The quantizer of the Gemm's input may stand between. See `gather_moves` for `follow`.
+
+    Parameters
+    ----------
+    forms : mapping
+        Of the quantizers, by site.
+    """
+    b = GraphBuilder(graph)
+    quantizers = {node.outputs[0] for node in graph if node.domain == DOMAIN}  # these are seen by their sites
+    kept = {*follow.values(), *graph.outputs} - quantizers
+    for gemm in [node for node in graph if node.op_type == "Gemm"]:
+        between = [node for node in (_maker(gemm, kept),) if node is not None and _is_row_wise(node, forms)]
+        first, last = _maker((between or [gemm])[0], kept), _user(gemm, kept)
+        weight = gemm.inputs[1]
+        product = None if weight is None else as_product(Use(weight, gemm, 1), (0, 0))
+        if first is None or last is None or product is None or {first.op_type, last.op_type} != {"Reshape"}:
+            continue
+        if (bias := product[3]) is not None and (bias.shape is None or len(bias.shape) != 1):
+            continue
+        try:
+            layout = _Layout(first.inputs[0])
+            layout.follow(first)
+            layout.unflatten(last.outputs[0])
+            shape, order = layout.steps()
+        except _Unclear:
+            continue
+        if order is None:
+            _kept(b, first, between, product, last, shape, follow)
+
+
+def _maker(node: ir.Node, kept: set[ir.Value]) -> ir.Node | None:
+    """The node whose result a node takes first, where nothing else does."""
+    x = node.inputs[0]
+    return None if x is None or x in kept or len(x.uses()) != 1 else x.producer()
+
+
+def _user(node: ir.Node, kept: set[ir.Value]) -> ir.Node | None:
+    """The node that alone takes the result of a node, as what it lays out."""
+    uses = list(node.outputs[0].uses())
+    return uses[0].node if len(uses) == 1 and uses[0].idx == 0 and node.outputs[0] not in kept else None
+
+
+def _is_row_wise(node: ir.Node, forms: Mapping[str, ActivationForm]) -> bool:
+    if node.domain != DOMAIN or node.op_type != "Activation":
+        return False
+    form = forms.get(node.attributes["site"].as_string())
+    return form is not None and form.groups.kind in ROW_WISE
+
+
+def _kept(
+    b: GraphBuilder,
+    first: ir.Node,
+    between: Sequence[ir.Node],
+    product: tuple[ir.Node, ir.Value, int, ir.Value | None],
+    last: ir.Node,
+    shape: list[int] | None,
+    follow: dict[str, ir.Value],
+) -> None:
+    gemm, _, axis, bias = product
+    x, y, weight = first.inputs[0], last.outputs[0], gemm.inputs[1]
+    assert x is not None and y.shape is not None and first.outputs[0].shape is not None
+    width = first.outputs[0].shape[-1]
+    if shape is not None:
+        with b.before(first):
+            x = b.op("Reshape", [x, b.ints(shape)], name=first.name, dtype=x.dtype)
+        x.shape = ir.Shape([*y.shape[:-1], width])
+    for node in between:
+        node.replace_input_with(0, x)
+        node.outputs[0].shape, x = x.shape, node.outputs[0]
+    with b.before(gemm):
+        if axis == 0:
+            weight = b.op("Transpose", [weight], {"perm": [1, 0]}, name=gemm.name)
+        new = b.op("MatMul", [x, weight], name=gemm.name)
+        if bias is not None:
+            new.shape, new.type = y.shape, y.type
+            new = b.op("Add", [new, bias], name=gemm.name)
+    _replace([gemm, last], new, follow)
+    _remove([first])
 
 
 def _moves(node: ir.Node) -> bool:
@@ -163,6 +250,10 @@ class _Layout:
             self.dims[ahead:] = [seen[i] for i in _order(node)]
         else:
             self.dims[ahead:] = self._cut(list(itertools.chain(*seen)), _sizes(node.outputs[0]))
+
+    def unflatten(self, value: ir.Value) -> None:
+        """Lay rows out as those of another value."""
+        self.dims[:-1] = self._cut(list(itertools.chain(*self.dims[:-1])), _sizes(value)[:-1])
 
     def _cut(self, flat: list[_Factor], sizes: Sequence[list[_Factor]]) -> list[list[_Factor]]:
         """Factors in their order, cut into dimensions of the given sizes."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qgraph.errors import CalibrationError, ExportError
 from qgraph.exporters.assemble import as_stored, assemble, describe
 from qgraph.exporters.job import Job, Say, check_arguments, collect_again, prepare_job
-from qgraph.exporters.layouts import gather_moves
+from qgraph.exporters.layouts import gather_moves, keep_rows
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
 from qgraph.exporters.lowering.qdq import FOUR_BITS, TWO_BITS, TWO_BITS_IR
 from qgraph.exporters.merge import merge
@@ -203,6 +203,7 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     layers = {path: y for path, y in module_outputs(model.graph).items() if y.dtype in (None, ir.DataType.FLOAT)}
     rename(model.graph)
     restore_parameters(model.graph, job.model.named_parameters(remove_duplicate=False))
+    keep_rows(model.graph, layers, job.collected.activations)
     gather_moves(model.graph, layers)
     job.say("packing weights")
     options = replace(job.options, sizes=plan.sizes(job.flat.inputs.tensors))

@@ -223,7 +223,10 @@ def metadata(
     if merged is None:
         tensors = {LAYERS: _json(content), LEFTOVERS: _json(leftovers)}
     else:
-        content |= {"leftovers": leftovers, "merged": merged, "nodes": [name or "" for name in nodes]}
+        everywhere = list(itertools.chain(*leftovers.values()))
+        places = {whole: list(map(everywhere.index, names)) for whole, names in merged.items()}
+        steps = {whole: [b - a for a, b in itertools.pairwise([0, *found])] for whole, found in places.items()}
+        content |= {"leftovers": leftovers, "merged": steps, "nodes": [name or "" for name in nodes]}
         tensors = {LAYERS: _compressed(_json(_names_of(content, relative)))}
     unpacked = {} if report.packed_bytes is None else {PREUNPACKED: str(report.packed_bytes)}
     return {
@@ -247,7 +250,11 @@ def content_of(model: onnx.ModelProto) -> dict[str, Any]:
         return {}
     if LEFTOVERS in found:
         return {**json.loads(found[LAYERS]), "leftovers": json.loads(found[LEFTOVERS])}
-    return _names_of(json.loads(_decompressed(found[LAYERS])), absolute)
+    content = _names_of(json.loads(_decompressed(found[LAYERS])), absolute)
+    everywhere = list(itertools.chain(*content["leftovers"].values()))
+    merged = content["merged"].items()
+    content["merged"] = {whole: [everywhere[i] for i in itertools.accumulate(steps)] for whole, steps in merged}
+    return content
 
 
 def _names_of(content: dict[str, Any], convert: Callable[[Sequence[str]], list[str]]) -> dict[str, Any]:
@@ -257,7 +264,6 @@ def _names_of(content: dict[str, Any], convert: Callable[[Sequence[str]], list[s
         **content,
         "layers": [[path, *rest] for path, (_, *rest) in zip(paths, content["layers"], strict=True)],
         "leftovers": {why: convert(names) for why, names in content["leftovers"].items()},
-        "merged": {whole: convert(names) for whole, names in content["merged"].items()},
         "nodes": convert(content["nodes"]),
     }
 
@@ -296,11 +302,11 @@ def _json(data: Any) -> str:
 
 
 def _compressed(text: str) -> str:
-    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def _decompressed(text: str) -> bytes:
-    return zlib.decompressobj().decompress(base64.b64decode(text), LONGEST)
+    return zlib.decompressobj().decompress(base64.b85decode(text), LONGEST)
 
 
 def read_report(path: str | Path) -> ExportReport:

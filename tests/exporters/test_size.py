@@ -111,14 +111,15 @@ def test_a_small_deep_file_is_little_more_than_its_content(cell, name, config, k
     assert report.max_difference < 1e-5
 
 
-def test_twelve_layers_with_quantized_activations_hold_what_is_promised(tmp_path):
+@pytest.mark.parametrize("config", ["A4W1", "A4W1-2:4"])
+def test_twelve_layers_with_quantized_activations_hold_what_is_promised(config, tmp_path):
     """48 quantizers of activations, which no function may write once."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(128, 4, 512, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False), torch.randn(2, 9, 128)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    prepared = qgraph.prepare(model, "A4W1").eval()
+    prepared = qgraph.prepare(model, config).eval()
     path = tmp_path / "model.onnx"
     report = qgraph.export(prepared, path, (x,), target="standard", verify=False, progress=False)
     assert report.file_bytes <= 1.02 * report.ideal_bytes + 16 * 1024
