@@ -77,7 +77,8 @@ def measure(width: int, options: argparse.Namespace) -> dict[int, dict[str, tupl
             prepared = qgraph.prepare(nn.Linear(width, width), config, x)
             for target in ("ort", "standard"):
                 path = folder / f"{number}-{target}.onnx"
-                report = qgraph.export(prepared, path, (x,), target=target, verify=False, progress=False)
+                chosen = {"target": target, "optimize_for": "size"}  # the kernel, where there is one
+                report = qgraph.export(prepared, path, (x,), verify=False, progress=False, **chosen)
                 assert ("MatMulNBits" in report.layers[0].form) == (target == "ort"), report
                 sessions.append(session_for(path))
     result = {}

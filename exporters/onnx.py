@@ -93,9 +93,9 @@ def export(
     optimize_for : {"latency", "throughput", "size"}, optional
         Of target "ort": which of its faithful forms a Linear layer takes: onnxruntime's low-bit kernel, a float
         product with the weight unpacked at load, or, of activations with a scale a row, an integer product.
-        "latency" takes the one that is faster at the example's sizes, "throughput" at 256 rows or more, by what
-        benchmarks/forms.py and benchmarks/integers.py measured; "size" the kernel, which needs least memory. Left out,
-        the kernel too, and the report names the layers where it is the slower one.
+        "latency", and left out, takes the one that is fastest at the example's sizes, "throughput" at 256 rows or
+        more, by what benchmarks/forms.py and benchmarks/integers.py measured; "size" the kernel, which needs least
+        memory. The report says of each layer why.
     verify : bool
         Run the file in onnxruntime, with and without its optimizer, and compare with the model.
     progress : bool
@@ -178,7 +178,7 @@ def _first_that_works(
 
 
 def _build_exactly(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -> _Built:
-    """Build; where rounding is too much, once more without the 4-bit kernel, which sums less exactly than MatMul."""
+    """Build; where rounding is too much, once more without the kernels that sum otherwise than MatMul."""
     try:
         return _build(job, plan, folder, path, verify)
     except WrongFile as error:

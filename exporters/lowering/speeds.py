@@ -35,9 +35,13 @@ def key_of(bits: int, int8: bool, zero_points: bool) -> str:
 
 
 def speed(key: str, rows: int, weights: int) -> Speed | None:
-    """What was measured nearest to a number of rows and of weights, by their logarithms; None for an unknown kernel."""
-    measured = _table().get(key) or _table().get(f"{key}, zero points")
-    if not measured:
+    """What was measured nearest to a number of rows and of weights, by their logarithms.
+
+    None for an unknown kernel, and for fewer weights than any that were measured: what calls a kernel counts the more
+    the less it computes.
+    """
+    measured = _table().get(key) or _table().get(f"{key}, zero points") or []
+    if weights < min((row["weights"] for row in measured), default=math.inf):
         return None
     near = min(
         measured, key=lambda row: abs(math.log2(row["rows"] / rows)) + abs(math.log2(row["weights"] / weights)) / 2
