@@ -83,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--widths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

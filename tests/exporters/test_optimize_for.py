@@ -18,7 +18,7 @@ KERNEL, FLOAT = "MatMulNBits", "unpacked"
 def table(monkeypatch):
     """A kernel that is faster up to 8 rows."""
     rows = [{"weights": 4096, "rows": n, "kernel": 2.0 if n < 16 else 0.5, "plain": 1.0} for n in (1, 8, 16, 64, 256)]
-    monkeypatch.setattr(speeds, "_table", lambda: {speeds.key_of(4, False, True): rows})
+    monkeypatch.setattr(speeds, "_tables", lambda: [{speeds.key_of(4, False, True): rows}])
 
 
 def exported(tmp_path, shape, **options):
@@ -58,28 +58,29 @@ def test_what_is_not_known_is_taken_for_slower(dynamic, table, tmp_path, monkeyp
         assert "at 256 rows" in layer.notes[0]
     else:
         rows = [{"weights": 4097, "rows": 1, "kernel": 2.0, "plain": 1.0}]
-        monkeypatch.setattr(speeds, "_table", lambda: {speeds.key_of(4, False, True): rows})
+        monkeypatch.setattr(speeds, "_tables", lambda: [{speeds.key_of(4, False, True): rows}])
         layer = exported(tmp_path, (1, 64))
         assert "was not measured" in layer.notes[0]
     assert layer.form.startswith(FLOAT)
 
 
 FASTEST = [
-    ("W4", 64, FLOAT),
-    ("W4", 1, KERNEL),
-    ("A8W4@128", 64, FLOAT),
-    ("A8W4@128", 1, KERNEL),
-    ("A8W4", 64, "MatMulInteger"),
-    ("A4W1", 1, "MatMulInteger"),
+    ("W4", 64, 1024, FLOAT),
+    ("W4", 1, 1024, KERNEL),
+    ("W4", 1, 512, FLOAT),
+    ("A8W4@128", 64, 512, FLOAT),
+    ("A8W4@128", 1, 512, KERNEL),
+    ("A8W4", 64, 512, "MatMulInteger"),
+    ("A4W1", 1, 512, "MatMulInteger"),
 ]
 
 
-@pytest.mark.parametrize(("config", "rows", "form"), FASTEST)
-def test_left_out_it_is_the_fastest_form_at_the_example(config, rows, form, tmp_path):
-    """By the package's own table, of a layer of 2^18 weights."""
+@pytest.mark.parametrize(("config", "rows", "width", "form"), FASTEST)
+def test_left_out_it_is_the_fastest_form_at_the_example(config, rows, width, form, tmp_path):
+    """By the package's own table."""
     torch.manual_seed(0)
-    x = torch.randn(rows, 512)
-    prepared = qgraph.prepare(nn.Linear(512, 512), config, x).eval()
+    x = torch.randn(rows, width)
+    prepared = qgraph.prepare(nn.Linear(width, width), config, x).eval()
     layers = [
         qgraph.export(prepared, tmp_path / "a.onnx", (x,), optimize_for=purpose, progress=False).layers[0]
         for purpose in (None, "latency", "size")
@@ -114,6 +115,15 @@ def test_the_table_of_the_package_has_every_kernel():
             assert found is not None and found.kernel > 0 and found.plain > 0
             assert speeds.speed(speeds.key_of(bits, int8, zero_points), 1, 1 << 14) is None
     assert speeds.speed("3-bit", 1, 1) is None
+
+
+def test_the_processor_counts_where_the_kernel_does_worst(monkeypatch):
+    def table(kernel, plain, weights=4096):
+        return {speeds.key_of(4, False, True): [{"weights": weights, "rows": 1, "kernel": kernel, "plain": plain}]}
+
+    monkeypatch.setattr(speeds, "_tables", lambda: [table(1.5, 1.0), table(0.9, 1.0), table(0.1, 1.0, weights=8192)])
+    assert speeds.speed(speeds.key_of(4, False, True), 1, 4096) == (0.9, 1.0)
+    assert speeds.speed(speeds.key_of(4, False, True), 1, 8192) == (0.1, 1.0)
 
 
 def test_a_purpose_that_is_none(tmp_path):
