@@ -94,7 +94,7 @@ def ours(name: str, folder: Path) -> dict[tuple[str, str], Made]:
     found: dict[tuple[str, str], Made] = {}
     for config in CONFIGS[name]:
         rows = "@" not in config and config.startswith("A") and "s" not in config  # a scale a row: whole numbers
-        options: list[dict[str, Any]] = [{"target": "ort", "optimize_for": "latency"}] if rows else [{"target": "ort"}]
+        options: list[dict[str, Any]] = [{"target": "ort", "optimize_for": "latency" if rows else "size"}]  # kernels
         options += [{"target": "standard"}] if config.startswith("W4") else []
         for chosen in options:
             model, x = build(name)

@@ -3,9 +3,10 @@
 A layer of each width is exported with its kernel and without (target "standard": the same quantizer, a float product),
 and run on each number of rows in turn with the FP32 file, on one thread; ratios of medians, above 1 faster than FP32.
 
-    python benchmarks/forms.py [--widths 512 1024 2048 4096] [--rows 1 4 ...] [--repeats 25] [--json FILE]
+    python benchmarks/forms.py [--widths 512 1024 2048 4096] [--rows 1 4 ...] [--repeats 25] [--clock cpu] [--add]
 
-Without `--json` the table of the package, exporters/lowering/speeds.json, is written anew.
+The table of the package, exporters/lowering/speeds.json, is written anew, for this processor alone; with `--add` beside
+the others that it has. `--clock cpu` counts the time of the process, on a machine that others use.
 """
 
 from __future__ import annotations
@@ -50,15 +51,23 @@ def main() -> None:
                 key = key_of(*CONFIGS[config])
                 table[key].append({"weights": width * width, "rows": rows, "kernel": kernel, "plain": plain})
                 print(f"{width:5d} {rows:4d} rows  {config:12s} kernel {kernel:5.2f}  plain {plain:5.2f}", flush=True)
-    setting = {
+    found = {
         "processor": processor(), "onnxruntime": onnxruntime.__version__, "python": platform.python_version(),
-        "threads": 1, "over": "the FP32 file, above 1 is faster",
+        "threads": 1, "clock": options.clock, "over": "the FP32 file, above 1 is faster", "forms": table,
     }  # fmt: skip
+    before = json.loads(options.json.read_text()) if options.add and options.json.exists() else []
+    others = [other for other in before if other["processor"] != found["processor"]]
+    options.json.write_text("[\n" + ",\n".join(map(text_of, [*others, found])) + "\n]\n")
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """What one processor did, a line for each measurement."""
     lines = ",\n".join(
         f"  {json.dumps(key)}: [\n" + ",\n".join(f"   {json.dumps(row)}" for row in rows) + "\n  ]"
-        for key, rows in table.items()
+        for key, rows in found["forms"].items()
     )
-    options.json.write_text(f'{json.dumps(setting)[:-1]}, "forms": {{\n{lines}\n}}}}\n')
+    setting = {key: value for key, value in found.items() if key != "forms"}
+    return f'{json.dumps(setting)[:-1]}, "forms": {{\n{lines}\n}}}}'
 
 
 def measure(width: int, options: argparse.Namespace) -> dict[int, dict[str, tuple[float, float]]]:
@@ -77,7 +86,8 @@ def measure(width: int, options: argparse.Namespace) -> dict[int, dict[str, tupl
             prepared = qgraph.prepare(nn.Linear(width, width), config, x)
             for target in ("ort", "standard"):
                 path = folder / f"{number}-{target}.onnx"
-                report = qgraph.export(prepared, path, (x,), target=target, verify=False, progress=False)
+                chosen = {"target": target, "optimize_for": "size"}  # the kernel, where there is one
+                report = qgraph.export(prepared, path, (x,), verify=False, progress=False, **chosen)
                 assert ("MatMulNBits" in report.layers[0].form) == (target == "ort"), report
                 sessions.append(session_for(path))
     result = {}
@@ -90,13 +100,14 @@ def measure(width: int, options: argparse.Namespace) -> dict[int, dict[str, tupl
 
 def interleaved(sessions: list[Any], x: np.ndarray, options: argparse.Namespace) -> list[float]:
     """Median seconds of each session, run in turn."""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
     times: list[list[float]] = [[] for _ in sessions]
     for turn in range(options.repeats + 2):
         for session, taken in zip(sessions, times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             session.run(None, {session.get_inputs()[0].name: x})
             if turn > 1:
-                taken.append(time.perf_counter() - start)
+                taken.append(clock() - start)
     return [statistics.median(taken) for taken in times]
 
 
@@ -115,6 +126,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--widths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 256])
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--add", action="store_true", help="keep what other processors did")
     parser.add_argument("--json", type=Path, default=PATH)
     return parser.parse_args()
 

@@ -48,8 +48,11 @@ def merge(model: ir.Model, names: Collection[str]) -> dict[str, list[str]]:
 
 
 def separate(model: onnx.ModelProto) -> None:
-    """The inverse of `merge`, in place, by what the metadata says."""
-    merged = content_of(model).get("merged", {})
+    """The inverse of `merge`, in place, by what the metadata says; nodes whose names are there get them back."""
+    content = content_of(model)
+    merged = content.get("merged", {})
+    for node, name in zip(model.graph.node, content.get("nodes", ()), strict=False):
+        node.name = name
     tensors = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in merged}
     names: dict[str, str] = {}
     for node in [node for node in model.graph.node if node.op_type == "Split" and node.input[0] in tensors]:

@@ -20,6 +20,7 @@ from qgraph.errors import CalibrationError, ExportError
 from qgraph.exporters.assemble import as_stored, assemble, describe
 from qgraph.exporters.computed import FromInputs, quantize_as_they_come
 from qgraph.exporters.job import Job, Say, check_arguments, collect_again, prepare_job
+from qgraph.exporters.layouts import gather_moves, keep_rows
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
 from qgraph.exporters.lowering.qdq import FOUR_BITS, TWO_BITS, TWO_BITS_IR
 from qgraph.exporters.merge import merge
@@ -93,9 +94,9 @@ def export(
     optimize_for : {"latency", "throughput", "size"}, optional
         Of target "ort": which of its faithful forms a Linear layer takes: onnxruntime's low-bit kernel, a float
         product with the weight unpacked at load, or, of activations with a scale a row, an integer product.
-        "latency" takes the one that is faster at the example's sizes, "throughput" at 256 rows or more, by what
-        benchmarks/forms.py and benchmarks/integers.py measured; "size" the kernel, which needs least memory. Left out,
-        the kernel too, and the report names the layers where it is the slower one.
+        "latency", and left out, takes the one that is fastest at the example's sizes, "throughput" at 256 rows or
+        more, by what benchmarks/forms.py and benchmarks/integers.py measured; "size" the kernel, which needs least
+        memory. The report says of each layer why.
     verify : bool
         Run the file in onnxruntime, with and without its optimizer, and compare with the model.
     progress : bool
@@ -178,7 +179,7 @@ def _first_that_works(
 
 
 def _build_exactly(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -> _Built:
-    """Build; where rounding is too much, once more without the 4-bit kernel, which sums less exactly than MatMul."""
+    """Build; where rounding is too much, once more without the kernels that sum otherwise than MatMul."""
     try:
         return _build(job, plan, folder, path, verify)
     except WrongFile as error:
@@ -203,6 +204,8 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
     layers = {path: y for path, y in module_outputs(model.graph).items() if y.dtype in (None, ir.DataType.FLOAT)}
     rename(model.graph)
     restore_parameters(model.graph, job.model.named_parameters(remove_duplicate=False))
+    keep_rows(model.graph, layers, job.collected.activations)
+    gather_moves(model.graph, layers)
     job.say("packing weights")
     options = replace(job.options, sizes=plan.sizes(job.flat.inputs.tensors))
     lowered = lower(model, job.collected, job.target, layers, options)
@@ -255,9 +258,15 @@ def _save(job: Job, model: ir.Model, report: ExportReport, owned_by: Sequence[st
     merged = merge(small, [item.name for item in report.leftovers])
     shorten(small.graph, {name for name in small.graph.initializers if name in merged or "." in name})
     _stamp(small, report, merged)
-    if not fits(small) and job.target == "ort":
+    if fits(small):
+        return
+    if job.target == "ort":
         outline(small, [SHARED] * len(merged) + list(owned_by), modules)
-        save(small, file)
+    else:
+        _stamp(small, report, merged, [node.name for node in small.graph])
+        for node in small.graph:
+            node.name = None
+    save(small, file)
 
 
 def _report(
@@ -328,14 +337,19 @@ def _lost_sites(job: Job, lost: Sequence[str]) -> ExportError:
     )
 
 
-def _stamp(model: ir.Model, report: ExportReport, merged: Mapping[str, Sequence[str]] | None = None) -> None:
+def _stamp(
+    model: ir.Model,
+    report: ExportReport,
+    merged: Mapping[str, Sequence[str]] | None = None,
+    nodes: Sequence[str | None] = (),
+) -> None:
     if model.graph.opset_imports.get("", 0) >= TWO_BITS:
         model.ir_version = max(model.ir_version or 0, TWO_BITS_IR)
     model.producer_name = "qgraph"
     model.producer_version = __version__
     model.doc_string = None
     model.metadata_props.clear()
-    model.metadata_props.update(metadata(report, __version__, merged))
+    model.metadata_props.update(metadata(report, __version__, merged, nodes))
 
 
 def _verify(

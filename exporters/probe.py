@@ -9,6 +9,7 @@ stretch between two quantizers is held to float rounding.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,9 +168,9 @@ class _Quantizer:
             return output
         before = x
         if record.before is not None:
-            before = torch.from_numpy(self.values[record.before.name]).to(x.dtype)
+            before = torch.from_numpy(self.values[record.before.name]).to(x.dtype).reshape(x.shape)
             self.found.note(self.site, relative_difference(x, before), "the value that reaches this quantizer")
-        after = self._after(record, x.dtype)
+        after = self._after(record, x.dtype).reshape(x.shape)
         own = self._own(x, before)
         if record.scale is None:
             explained = explain(before, after, own, self.form)
@@ -205,8 +206,15 @@ class _Quantizer:
         return own if relative_difference(own, before) <= STRETCH else x
 
     def _record(self, x: Tensor) -> ActivationRecord | None:
-        """The node of this call: a site that is called several times has several, in order."""
-        fitting = [r for r in self.records if self._shape(r) == tuple(x.shape)]
+        """The node of this call: a site that is called several times has several, in order.
+
+        Where none has the shape it is one whose rows are laid out otherwise.
+        """
+        shapes = [(record, self._shape(record)) for record in self.records]
+        rows = math.prod(x.shape[:-1]), x.shape[-1:]
+        fitting = [record for record, shape in shapes if shape == tuple(x.shape)] or [
+            record for record, shape in shapes if shape is not None and (math.prod(shape[:-1]), shape[-1:]) == rows
+        ]
         self.calls += 1
         if not fitting:
             return None

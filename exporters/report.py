@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,14 +166,21 @@ class ExportReport:
         return lines
 
 
-def metadata(report: ExportReport, version: str, merged: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
+def metadata(
+    report: ExportReport,
+    version: str,
+    merged: Mapping[str, Sequence[str]] | None = None,
+    nodes: Sequence[str | None] = (),
+) -> dict[str, str]:
     """What the file says about itself, for `metadata_props`.
 
     Parameters
     ----------
     merged : mapping, optional
         Of a file that is small for its many layers: initializers that hold several float vectors -> their names. What
-        it says of its tensors is compressed then.
+        it says of its tensors is compressed then, and
+    nodes : sequence of str or None
+        The names of its nodes, which have none in the graph.
     """
     specs: list[dict[str, Any]] = []
 
@@ -216,7 +223,11 @@ def metadata(report: ExportReport, version: str, merged: Mapping[str, Sequence[s
     if merged is None:
         tensors = {LAYERS: _json(content), LEFTOVERS: _json(leftovers)}
     else:
-        tensors = {LAYERS: _compressed(_json({**content, "leftovers": leftovers, "merged": merged}))}
+        everywhere = list(itertools.chain(*leftovers.values()))
+        places = {whole: list(map(everywhere.index, names)) for whole, names in merged.items()}
+        steps = {whole: [b - a for a, b in itertools.pairwise([0, *found])] for whole, found in places.items()}
+        content |= {"leftovers": leftovers, "merged": steps, "nodes": [name or "" for name in nodes]}
+        tensors = {LAYERS: _compressed(_json(_names_of(content, relative)))}
     unpacked = {} if report.packed_bytes is None else {PREUNPACKED: str(report.packed_bytes)}
     return {
         **unpacked,
@@ -230,13 +241,60 @@ def metadata(report: ExportReport, version: str, merged: Mapping[str, Sequence[s
 
 
 def content_of(model: onnx.ModelProto) -> dict[str, Any]:
-    """What a file of ours says of its tensors: "specs", "kinds", "layers", "leftovers", and "merged" where some are."""
+    """What a file of ours says of its tensors: "specs", "kinds", "layers" and "leftovers".
+
+    And "merged" and "nodes" where short vectors are together and nodes have their names here alone.
+    """
     found = {item.key: item.value for item in model.metadata_props}
     if LAYERS not in found:
         return {}
     if LEFTOVERS in found:
         return {**json.loads(found[LAYERS]), "leftovers": json.loads(found[LEFTOVERS])}
-    return dict(json.loads(_decompressed(found[LAYERS])))
+    content = _names_of(json.loads(_decompressed(found[LAYERS])), absolute)
+    everywhere = list(itertools.chain(*content["leftovers"].values()))
+    merged = content["merged"].items()
+    content["merged"] = {whole: [everywhere[i] for i in itertools.accumulate(steps)] for whole, steps in merged}
+    return content
+
+
+def _names_of(content: dict[str, Any], convert: Callable[[Sequence[str]], list[str]]) -> dict[str, Any]:
+    """The content with each list of names converted."""
+    paths = convert([path for path, *_ in content["layers"]])
+    return {
+        **content,
+        "layers": [[path, *rest] for path, (_, *rest) in zip(paths, content["layers"], strict=True)],
+        "leftovers": {why: convert(names) for why, names in content["leftovers"].items()},
+        "nodes": convert(content["nodes"]),
+    }
+
+
+def relative(names: Sequence[str]) -> list[str]:
+    """Names, each as how many parts it begins with of the last one that is not empty, and the rest of its parts.
+
+    What then is said of one layer of a model is said of the next in the same words, which compresses well.
+
+    Example
+    -------
+    >>> relative(["a.0.fc.weight", "a.0.fc.bias", "a.1.fc.weight"])
+    ['0.a.0.fc.weight', '3.bias', '1.1.fc.weight']
+    """
+    found, before = [], list[str]()
+    for name in names:
+        parts = name.split(".")
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, before, strict=False)))
+        found.append(".".join([str(same), *parts[same:]]) if name else "")
+        before = parts if name else before
+    return found
+
+
+def absolute(names: Sequence[str]) -> list[str]:
+    """The inverse of `relative`."""
+    found, before = [], list[str]()
+    for name in names:
+        same, *parts = name.split(".")
+        before = before[: int(same)] + parts if name else before
+        found.append(".".join(before) if name else "")
+    return found
 
 
 def _json(data: Any) -> str:
@@ -244,11 +302,11 @@ def _json(data: Any) -> str:
 
 
 def _compressed(text: str) -> str:
-    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def _decompressed(text: str) -> bytes:
-    return zlib.decompressobj().decompress(base64.b64decode(text), LONGEST)
+    return zlib.decompressobj().decompress(base64.b85decode(text), LONGEST)
 
 
 def read_report(path: str | Path) -> ExportReport:

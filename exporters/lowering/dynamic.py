@@ -7,7 +7,7 @@ channel is one of whole numbers (`integer.emit_row_product`), which onnxruntime 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -15,22 +15,14 @@ from qgraph.exporters.lowering.activation import RowCodes, has_row_codes, lower_
 from qgraph.exporters.lowering.integer import emit_row_product, is_signed, why_not
 from qgraph.exporters.lowering.records import DOMAIN, ActivationRecord, WeightRecord
 from qgraph.exporters.lowering.uses import Use, as_product
+from qgraph.exporters.packing import PackedWeight
+from qgraph.modules import ActivationForm
 
 if TYPE_CHECKING:
     from qgraph.exporters.lowering.graph import _Lowering
 
 
 SMALLEST = 1 << 18  # weights below which corrections cost more than whole numbers save (benchmarks/integers.py)
-
-
-class _Found(NamedTuple):
-    """A product of a dynamic activation, `maker`, and why it stays float, if it does."""
-
-    node: ir.Node
-    maker: ir.Node
-    axis: int
-    bias: ir.Value | None
-    reason: str | None
 
 
 class Dynamics:
@@ -43,29 +35,6 @@ class Dynamics:
 
     def product(self, use: Use, record: WeightRecord) -> Callable[[], None] | None:
         """Linear and matmul: MatMulInteger."""
-        found = self._find(use, record)
-        if found is None:
-            return None
-        node, maker, axis, bias, reason = found
-        if reason is not None:
-            record.notes.append(f"no integer {node.op_type}: {reason}")
-            return None
-
-        def emit() -> None:
-            codes, name = self.codes_of(maker), record.shared_with or record.site
-            with self.lowering.b.before(node):
-                y = emit_row_product(self.lowering.b, codes, record.packed, axis, name, bias)
-            kind = "int8" if is_signed(record.packed, codes.top) else "uint8"
-            self.lowering.done(node, y, record, node.op_type, f"MatMulInteger uint8 x {kind}")
-
-        return emit
-
-    def pays(self, use: Use, record: WeightRecord) -> bool:
-        """Whether `product` has a form for a use."""
-        found = self._find(use, record)
-        return found is not None and found.reason is None
-
-    def _find(self, use: Use, record: WeightRecord) -> _Found | None:
         product = as_product(use, record.packed.shape)
         if product is None:
             return None
@@ -76,13 +45,32 @@ class Dynamics:
         form, given = self.lowering.form(maker.attributes["site"].as_string()), maker.inputs[0]
         if given is None or not has_row_codes(form, given) or node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
             return None
+        if reason := self._why_float(record.packed, axis, form, x):
+            record.notes.append(f"no integer {node.op_type}: {reason}")
+            return None
+
+        def emit() -> None:
+            codes, name = self.codes_of(maker), record.shared_with or record.site
+            with self.lowering.b.before(node):
+                y = emit_row_product(self.lowering.b, codes, record.packed, axis, name, bias)
+            kind = "int8" if is_signed(record.packed, codes.top) else "uint8"
+            record.notes.append(f"whole numbers are faster than a float product from {SMALLEST} weights on")
+            self.lowering.done(node, y, record, node.op_type, f"MatMulInteger uint8 x {kind}")
+
+        return emit
+
+    def _why_float(self, packed: PackedWeight, axis: int, form: ActivationForm, x: ir.Value) -> str | None:
+        """Why a product stays float, if it does."""
         top = int(form.spec.levels[1] - form.spec.levels[0])
-        reason = why_not(record.packed, axis, top)
-        if record.packed.numel < SMALLEST:
-            reason = f"small (below {SMALLEST} weights)"
-        if reason is None and not is_signed(record.packed, top) and self.lowering.options.rows(x) != 1:
-            reason = "8-bit weights that cannot be int8 pay at one row alone"
-        return _Found(node, maker, axis, bias, reason)
+        if packed.numel < SMALLEST:
+            return f"small (below {SMALLEST} weights)"
+        if not self.lowering.options.float_kernels:
+            return "kernels rounded too much on the example"
+        if reason := why_not(packed, axis, top):
+            return reason
+        if not is_signed(packed, top) and self.lowering.options.rows(x) != 1:
+            return "8-bit weights that cannot be int8 pay at one row alone"
+        return None
 
     def codes_of(self, node: ir.Node) -> RowCodes:
         """The codes of an activation."""

@@ -299,11 +299,12 @@ class _Lowering:
         kernel = choose_kernel(record.packed, axis, form)
         if not isinstance(kernel, str) and kernel.accuracy == EXACT and not self.options.float_kernels:
             kernel = "the 4-bit kernel for float activations rounded too much on the example"
-        if not isinstance(kernel, str) and (reason := self.options.slower(kernel, record.packed, x)):
-            if self.options.by_speed:
+        if not isinstance(kernel, str) and self.options.by_speed:
+            is_fast, reason = self.options.compare(kernel, record.packed, x)
+            if is_fast:
+                record.notes.append(reason)
+            else:
                 kernel = reason
-            elif not self.dynamics.pays(use, record):
-                record.notes.append(f"{reason}: optimize_for='latency' takes that")
         if isinstance(kernel, str):
             record.notes.append(f"plain {node.op_type}: {kernel}")
             return None
@@ -326,11 +327,7 @@ class _Lowering:
         static = self.statics.product(use, record) or self.statics.convolution(use, record)
         if static is not None or self.target != "ort":
             return static
-        if self.options.by_speed:
-            return self.dynamics.product(use, record)
-        if self.options.optimize_for is None and self.dynamics.pays(use, record):
-            record.notes.append("optimize_for='latency' multiplies whole numbers, which is faster")
-        return None
+        return self.dynamics.product(use, record) if self.options.by_speed else None
 
     def _sums(self, x: ir.Value, packed: PackedWeight, inputs: int, name: str) -> ir.Value | None:
         if not has_zero_points(packed):

@@ -16,6 +16,7 @@ from qgraph.exporters.lowering.builder import GraphBuilder
 from qgraph.ops import Groups
 
 HUGE = float(np.finfo(np.float32).max)
+SHORT = 512  # values
 
 
 class GroupMath:
@@ -24,12 +25,18 @@ class GroupMath:
     """
 
     def __init__(
-        self, b: GraphBuilder, name: str, axes: Sequence[int], mask: tuple[ir.Value, ir.Value] | None = None
+        self,
+        b: GraphBuilder,
+        name: str,
+        axes: Sequence[int],
+        mask: tuple[ir.Value, ir.Value] | None = None,
+        length: int = 0,
     ) -> None:
         self.b = b
         self.name = name
         self.axes = list(axes)
         self.mask = mask  # (bool: is a value, float: how many values in each group)
+        self.length = length  # of a group that is a run of the last dimension; 0 where it is not, or not known
 
     def op(self, op_type: str, *inputs: ir.Value, **attrs: object) -> ir.Value:
         """One node."""
@@ -86,6 +93,21 @@ class GroupMath:
         """Largest value of each group."""
         return self._reduce("ReduceMax", self._padded_with(x, -HUGE))
 
+    @property
+    def is_short_row(self) -> bool:
+        """Whether `normalized` takes the groups.
+
+        onnxruntime's LayerNormalization adds up a row value by value: over thousands of them it rounds ten times as
+        much as ReduceMean does.
+        """
+        return 0 < self.length <= SHORT
+
+    def normalized(self, x: ir.Value, ridge: float) -> ir.Value:
+        """`(x - mean x) / sqrt(variance + ridge)`, one node."""
+        key = ("ones", self.length)
+        ones = self.b.once(key, lambda: self.op("Expand", self.scalar(1), self.b.ints([self.length])))
+        return self.op("LayerNormalization", x, ones, epsilon=ridge)
+
     def _padded_with(self, x: ir.Value, value: float) -> ir.Value:
         return x if self.mask is None else self.where(self.mask[0], x, self.scalar(value))
 
@@ -110,7 +132,7 @@ def on_groups(b: GraphBuilder, x: ir.Value, groups: Groups, name: str, recipe: R
         )
     rank = len(x.shape)
     if rank == 0 or (groups.kind == "channel" and rank == 1):
-        return recipe(GroupMath(b, name, [-1]), x) if rank else x
+        return recipe(GroupMath(b, name, [-1], length=_known(x.shape[0])), x) if rank else x
     axis = groups.axis % rank
     if groups.kind == "tensor":
         return recipe(GroupMath(b, name, range(rank)), x)
@@ -140,7 +162,7 @@ def _blocks(
     """Groups are runs of `block` along the last dimension; None is the whole dimension."""
     length = shape[-1]
     if block is None or (isinstance(length, int) and length <= block):
-        return recipe(GroupMath(b, name, [-1]), x)
+        return recipe(GroupMath(b, name, [-1], length=_known(length)), x)
     if not isinstance(length, int):
         return _dynamic_blocks(b, x, len(shape), block, name, recipe)
     full = length // block * block
@@ -152,12 +174,16 @@ def _blocks(
         ]
     # 0 copies a dimension, so that batch and sequence stay dynamic
     cut = b.op("Reshape", [parts[0], b.ints([0] * (len(shape) - 1) + [full // block, block])], name=f"{name}/blocks")
-    y = recipe(GroupMath(b, name, [-1]), cut)
+    y = recipe(GroupMath(b, name, [-1], length=block), cut)
     y = b.op("Reshape", [y, b.ints([0] * (len(shape) - 1) + [full])], name=f"{name}/joined")
     if full == length:
         return y
-    tail = recipe(GroupMath(b, f"{name}/ragged", [-1]), parts[1])
+    tail = recipe(GroupMath(b, f"{name}/ragged", [-1], length=length - full), parts[1])
     return b.op("Concat", [y, tail], {"axis": -1}, name=f"{name}/concat")
+
+
+def _known(size: object) -> int:
+    return size if isinstance(size, int) else 0
 
 
 def _dynamic_blocks(b: GraphBuilder, x: ir.Value, rank: int, block: int, name: str, recipe: Recipe) -> ir.Value:

@@ -25,11 +25,12 @@ class Options:
     Parameters
     ----------
     float_kernels : bool
-        Whether MatMulNBits may be used on float activations.
+        Whether products may be summed otherwise than MatMul does it: MatMulNBits on float activations, whole numbers of
+        dynamic ones.
     scale_dtype : torch.dtype
         In which scales are stored, float32 or float16; they are rounded to it already.
     optimize_for : {"latency", "throughput", "size"}, optional
-        None takes a kernel wherever there is one, as "size" does.
+        None is "latency"; "size" takes a kernel wherever there is one.
     sizes : mapping of str to int
         The dynamic sizes of the example, by name.
     stacked : bool
@@ -50,20 +51,18 @@ class Options:
     @property
     def by_speed(self) -> bool:
         """Whether the faster form is taken."""
-        return self.optimize_for in ("latency", "throughput")
+        return self.optimize_for != "size"
 
-    def slower(self, kernel: Kernel, packed: PackedWeight, x: ir.Value) -> str | None:
-        """That a float product is faster than a kernel on `x`, where the table of `speeds` says so."""
-        rows = self.rows(x)
-        found = None
-        if rows is not None and self.optimize_for != "size":
-            key = key_of(kernel.bits, kernel.accuracy == INT8, has_zero_points(packed))
-            found = speed(key, rows, packed.numel)
-        if found is None or found.kernel >= found.plain:
-            return None
-        return (
-            f"at {rows} rows MatMulNBits is slower than a float product ({found.kernel:.2g} and {found.plain:.2g} of "
-            "FP32's speed)"
+    def compare(self, kernel: Kernel, packed: PackedWeight, x: ir.Value) -> tuple[bool, str]:
+        """Whether a kernel is at least as fast on `x` as a float product, by the table of `speeds`, and why."""
+        rows = self.rows(x) or MANY  # where the graph does not say how many, a kernel must do well on many
+        found = speed(key_of(kernel.bits, kernel.accuracy == INT8, has_zero_points(packed)), rows, packed.numel)
+        if found is None:
+            return False, "so small a layer was not measured with MatMulNBits"
+        is_fast = found.kernel >= found.plain
+        return is_fast, (
+            f"at {rows} row{'s' * (rows > 1)} MatMulNBits is {'faster' if is_fast else 'slower'} than a float product "
+            f"({found.kernel:.2g} and {found.plain:.2g} of FP32's speed)"
         )
 
     def rows(self, x: ir.Value) -> int | None:

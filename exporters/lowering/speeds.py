@@ -35,9 +35,17 @@ def key_of(bits: int, int8: bool, zero_points: bool) -> str:
 
 
 def speed(key: str, rows: int, weights: int) -> Speed | None:
-    """What was measured nearest to a number of rows and of weights, by their logarithms; None for an unknown kernel."""
-    measured = _table().get(key) or _table().get(f"{key}, zero points")
-    if not measured:
+    """What was measured nearest to a number of rows and of weights, by their logarithms.
+
+    Of several processors that one counts where the kernel does worst beside the float product. None for an unknown
+    kernel, and for fewer weights than any that were measured: what calls a kernel counts the more the less it computes.
+    """
+    found = [_nearest(table.get(key) or table.get(f"{key}, zero points") or [], rows, weights) for table in _tables()]
+    return min((speed for speed in found if speed is not None), key=lambda s: s.kernel / s.plain, default=None)
+
+
+def _nearest(measured: list[dict[str, float]], rows: int, weights: int) -> Speed | None:
+    if weights < min((row["weights"] for row in measured), default=math.inf):
         return None
     near = min(
         measured, key=lambda row: abs(math.log2(row["rows"] / rows)) + abs(math.log2(row["weights"] / weights)) / 2
@@ -46,5 +54,6 @@ def speed(key: str, rows: int, weights: int) -> Speed | None:
 
 
 @functools.cache
-def _table() -> dict[str, list[dict[str, float]]]:
-    return json.loads(PATH.read_text())["forms"]
+def _tables() -> list[dict[str, list[dict[str, float]]]]:
+    """One a processor."""
+    return [found["forms"] for found in json.loads(PATH.read_text())]

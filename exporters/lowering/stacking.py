@@ -61,7 +61,7 @@ def stack_alike(
 def turn(graph: ir.Graph) -> None:
     """Parts of a stack that are used turned round are cut out of the stack turned round: one Transpose for all."""
     for split in [node for node in graph if node.op_type == "Split" and (node.name or "").startswith(STACK)]:
-        turned = [[use for use in value.consumers() if _turns(use)] for value in split.outputs]
+        turned = [[use for use in value.uses() if _turns(*use)] for value in split.outputs]
         if sum(map(bool, turned)) < WORTH_TURNING:
             continue
         whole = ir.node("Transpose", [split.inputs[0]], {"perm": [1, 0]}, name=f"{split.name}/turned")
@@ -72,13 +72,20 @@ def turn(graph: ir.Graph) -> None:
         for i, value in enumerate((*whole.outputs, *cut.outputs)):
             value.name = f"{split.name}/turned:{i}"
         graph.insert_after(split, [whole, cut])
-        for nodes, part in zip(turned, cut.outputs, strict=True):
-            for node in nodes:
-                ir.convenience.replace_all_uses_with(node.outputs[0], part)
-                graph.remove(node, safe=True)
+        for uses, part in zip(turned, cut.outputs, strict=True):
+            for node, index in uses:
+                if node.op_type == "Gemm":
+                    del node.attributes["transB"]
+                    node.replace_input_with(index, part)
+                else:
+                    ir.convenience.replace_all_uses_with(node.outputs[0], part)
+                    graph.remove(node, safe=True)
 
 
-def _turns(node: ir.Node) -> bool:
+def _turns(node: ir.Node, index: int) -> bool:
+    """Whether a node turns a matrix round, to compute with it or for others."""
+    if node.op_type == "Gemm":
+        return index == 1 and "transB" in node.attributes and bool(node.attributes["transB"].as_int())
     return (
         node.op_type == "Transpose" and "perm" in node.attributes and list(node.attributes["perm"].as_ints()) == [1, 0]
     )

@@ -21,7 +21,9 @@ from torch import nn
 
 from qgraph.analysis.costs import Unit, as_it_was
 from qgraph.errors import ConfigError
+from qgraph.exporters.merge import separate
 from qgraph.exporters.onnx import export
+from qgraph.exporters.report import content_of
 from qgraph.exporters.signature import flatten_inputs
 from qgraph.prepare import disabled
 from qgraph.runtime import time_files
@@ -153,6 +155,7 @@ class Stopwatch:
         """Milliseconds of the nodes that are named after each layer."""
         import onnxruntime
 
+        path = _with_names(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         options.enable_profiling, options.profile_file_prefix = True, str(path.with_suffix(""))
@@ -183,3 +186,14 @@ class Stopwatch:
             elif node.op_type in _DRAWN_IN and (near := [owners[name] for name in node.input if name in owners]):
                 owners[node.output[0]] = near[0]
         return owners
+
+
+def _with_names(path: Path) -> Path:
+    """A file whose nodes have names: itself, or a copy where its metadata alone has them."""
+    model = onnx.load(path, load_external_data=False)
+    if not content_of(model).get("nodes"):
+        return path
+    separate(model)
+    named = path.with_suffix(".named.onnx")
+    onnx.save(model, named)
+    return named

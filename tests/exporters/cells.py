@@ -140,7 +140,8 @@ def _export(keys: Sequence[Key]) -> list[dict[str, Any]]:
     shapes = {"x": {0: "batch"}}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "cells.onnx")
-        report = qgraph.export(model, file, (x,), target=target, dynamic_shapes=shapes, progress=False)
+        options = {"target": target, "optimize_for": "size"}  # all kernels, also where they are slower
+        report = qgraph.export(model, file, (x,), dynamic_shapes=shapes, progress=False, **options)
     found = []
     for index, key in enumerate(keys):
         layers = [item for item in report.layers if item.path == f"layers.{index}" and item.shape]

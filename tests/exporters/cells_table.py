@@ -35,7 +35,7 @@ is kept in `cells.jsonl`, and a stopped run goes on from there.
 | granularity | tensor, channel, blocks of 32, 64, 128, 256; ragged: blocks of 32 in rows that are no multiple of it |
 | sparsity | dense, 2:4, 1:4, 1:8, 4:8, 3:7, 70 %, 90 % |
 | activations | float; 8, 4, 2, 1 bits (in the weight's blocks; at convolutions one scale a sample); 8s: 8, static |
-| target | standard, ort |
+| target | standard; ort, with `optimize_for="size"`: all its kernels, also where they are slower |
 
 Layers are tiny, so the forms for large ones (an integer convolution, a chain of them) show in `docs/static.md` instead.
 Pruned weights, and weights from 3 bits up beside 8s, are symmetric, as the notation has it.

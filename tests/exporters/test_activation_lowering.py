@@ -55,6 +55,12 @@ def run(form, x, shape=None):
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
+def nodes(form, shape):
+    b = GraphBuilder(opset=18)
+    b.output(lower_activation(b, b.input("x", np.float32, shape), form, "site"), "y")
+    return [node.op_type for node in b.graph if node.op_type != "Expand"]
+
+
 def form_of(spec, groups):
     return ActivationForm(spec, groups, torch.tensor([[0.23]]) if spec.learns else None)
 
@@ -86,6 +92,20 @@ def test_every_layout(layout, spec):
     assert found.flips or relative_difference(want, y) < 2e-6
 
 
+@pytest.mark.parametrize("length", [2, 33, 512, 513, 4096])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_short_rows_take_fewer_nodes_and_long_ones_are_as_exact(bits, length):
+    """LayerNormalization in the place of six nodes: its sums are less exact the longer a row is."""
+    form = ActivationForm(QuantSpec(bits, granularity="token"), Groups("token"))
+    assert ("LayerNormalization" in nodes(form, (20, length))) == (length <= 512)
+    assert "LayerNormalization" not in nodes(form, (20, None))
+    rng = np.random.default_rng(length)
+    x = torch.from_numpy(np.concatenate([rng.normal(5, 1, (10, length)), -np.exp(rng.normal(0, 2, (10, length)))]))
+    x = x.float()
+    found = explain(x, run(form, x), x, form)
+    assert found.unexplained < 5e-6  # float32 sums over thousands of values that are not alike
+
+
 @pytest.mark.parametrize(
     "spec", [QuantSpec(1), QuantSpec(2, scale="windowed"), QuantSpec(4), QuantSpec(8, "linear", method="ste")], ids=str
 )
@@ -109,6 +129,11 @@ def test_a_group_of_zeros_stays_zero(bits, scale):
     assert explain(x, y, x, form).unexplained < 1e-6
     assert (reference(x[0].numpy(), spec) == 0).all()
     assert explain(x, y + 0.5, x, form).unexplained > 0.1
+
+
+def test_a_short_row_takes_thirteen_nodes():
+    assert len(nodes(ActivationForm(QuantSpec(4, granularity="token"), Groups("token")), (3, 8))) == 13
+    assert len(nodes(ActivationForm(QuantSpec(4, granularity="token", lam=0.0), Groups("token")), (3, 8))) == 20
 
 
 def test_nan_is_not_hidden():

@@ -32,7 +32,8 @@ def test_nothing_is_unpacked_at_load_and_the_numbers_are_the_same(config, target
     if "s" in config:
         qgraph.calibrate(prepared, [(x,)])
     paths = [str(tmp_path / name) for name in ("packed.onnx", "plain.onnx")]
-    packed, plain = (qgraph.export(prepared, path, (x,), target=target, preunpacked=path == paths[1]) for path in paths)
+    options = {"target": target, "optimize_for": "size"}  # which takes kernels of small layers too
+    packed, plain = (qgraph.export(prepared, path, (x,), preunpacked=path == paths[1], **options) for path in paths)
     assert kinds(paths[0]) & unpacking and not kinds(paths[1]) & unpacking
     assert plain.max_difference < 1e-5 and plain.flips == packed.flips
     assert plain.packed_bytes == sum(layer.bytes for layer in packed.layers) and packed.packed_bytes is None
@@ -50,7 +51,8 @@ def test_tied_gathered_and_convolution_weights(target, tmp_path, caplog):
     torch.manual_seed(0)
     for model, x in ((GPT(65, 64, 2), torch.randint(0, 65, (2, 16))), (CNN(), torch.randn(2, 3, 16, 16))):
         prepared = qgraph.prepare(model, "W4", x).eval()
-        report = qgraph.export(prepared, tmp_path / "a.onnx", (x,), target=target, preunpacked=True)
+        options = {"target": target, "optimize_for": "size"}
+        report = qgraph.export(prepared, tmp_path / "a.onnx", (x,), preunpacked=True, **options)
         assert report.max_difference < 1e-5 and report.packed_bytes is not None
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # nothing on the terminal
 

@@ -120,7 +120,7 @@ def test_a_kernel_that_rounds_too_much_gives_way_to_a_plain_product(tmp_path, mo
         return built
 
     monkeypatch.setattr(exporter, "_build", build_or_complain)
-    report = export(net, tmp_path / "m.onnx", (x,))
+    report = export(net, tmp_path / "m.onnx", (x,), optimize_for="size")
     assert report.layers[0].form == "unpacked bits4" and "rounded too much" in report.layers[0].notes[0]
 
 
@@ -133,6 +133,6 @@ def test_so_does_one_that_a_layer_alone_shows(push, accepted, tmp_path, monkeypa
         net[2].bias += 3.0  # the outputs show less of it
     push_first("MatMulNBits", push, monkeypatch)
     if accepted:
-        assert export(net, tmp_path / "m.onnx", (x,)).layers[0].form == "unpacked bits4"
+        assert export(net, tmp_path / "m.onnx", (x,), optimize_for="size").layers[0].form == "unpacked bits4"
     else:
-        refuses(net, tmp_path / "m.onnx", (x,), match="the first layer that differs is 0")
+        refuses(net, tmp_path / "m.onnx", (x,), optimize_for="size", match="the first layer that differs is 0")

@@ -23,8 +23,9 @@ def test_the_file_is_the_model_with_rounded_scales(config, target, tmp_path):
     x = torch.randn(3, 5, 64)
     prepared = qgraph.prepare(model(), config, x).eval()
     before = prepared(x).detach()
-    full = qgraph.export(prepared, tmp_path / "full.onnx", (x,), target=target)
-    half = qgraph.export(prepared, tmp_path / "half.onnx", (x,), target=target, scale_dtype="float16")
+    options = {"target": target, "optimize_for": "size"}  # which takes kernels of small layers too
+    full = qgraph.export(prepared, tmp_path / "full.onnx", (x,), **options)
+    half = qgraph.export(prepared, tmp_path / "half.onnx", (x,), scale_dtype="float16", **options)
     assert torch.equal(prepared(x), before)  # the model itself is as it was
     kinds = {t.name: t.data_type for t in onnx.load(half.path).graph.initializer if t.name.endswith(".scale")}
     assert set(kinds.values()) == {onnx.TensorProto.FLOAT16} and len(kinds) == 3
@@ -47,7 +48,7 @@ def test_tied_and_gathered_weights_and_a_frozen_model(tmp_path):
     torch.manual_seed(0)
     prepared = qgraph.prepare(GPT(65, 64, 1), "W4@32", x).eval()
     for found in (prepared, qgraph.freeze(prepared)):
-        report = qgraph.export(found, tmp_path / "gpt.onnx", (x,), scale_dtype="float16")
+        report = qgraph.export(found, tmp_path / "gpt.onnx", (x,), scale_dtype="float16", optimize_for="size")
         assert report.max_difference <= 1e-5 and len(report.verified) == 6
 
 
