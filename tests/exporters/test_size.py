@@ -182,8 +182,12 @@ def test_merged_floats_come_apart_again(cell):
     assert np.array_equal(one, other)
 
 
+# Quantizers too, whose rows are normalized by one node there.
+CELLS_ELSEWHERE = [("encoder", "W1"), ("encoder", "A4W1"), ("residual", "W1.58"), ("stacked", "W1-2:4")]
+
+
 @pytest.mark.parametrize("runtime", INSTALLED)
-@pytest.mark.parametrize(("name", "config"), [("encoder", "W1"), ("residual", "W1.58"), ("stacked", "W1-2:4")])
+@pytest.mark.parametrize(("name", "config"), CELLS_ELSEWHERE)
 def test_a_standard_one_runs_elsewhere(cell, name, config, runtime):
     path, prepared, x, _ = _all(cell(name, config, "standard"))
     assert not onnx.load(path).functions
