@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
 from qgraph.exporters.decompositions import DECOMPOSITIONS
@@ -59,6 +60,23 @@ def modules_as_they_are() -> Iterator[None]:
         yield
     finally:
         nn.Module._apply = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def masks_as_given() -> Iterator[None]:
+    """While active, nn.Transformer's stacks do not look into a mask to find out that it is the causal one: they take it
+    as any other, since a trace has no values to look at.
+    """
+    original = transformer._detect_is_causal_mask
+
+    def detect(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return bool(is_causal)
+
+    transformer._detect_is_causal_mask = detect
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = original
 
 
 def attention(

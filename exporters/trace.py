@@ -27,7 +27,7 @@ from qgraph.errors import ExportError
 from qgraph.exporters.computed import FromInputs, forget_computation, sites_from_inputs
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.lowering.records import DOMAIN
-from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, modules_as_they_are
+from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, masks_as_given, modules_as_they_are
 from qgraph.exporters.shapes import ShapePlan
 from qgraph.exporters.signature import FlatModel
 from qgraph.exporters.translations import table_read_once, translations
@@ -132,7 +132,13 @@ def _trace(
         stack.enter_context(torch.no_grad())
         stack.enter_context(any_name())
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        with exporting(python, calls) as sites, recurrent.RecurrentAsOperator(), rewrites, modules_as_they_are():
+        with (
+            exporting(python, calls) as sites,
+            recurrent.RecurrentAsOperator(),
+            rewrites,
+            modules_as_they_are(),
+            masks_as_given(),
+        ):
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         if computed := sites_from_inputs(program):
             raise FromInputs(computed)
