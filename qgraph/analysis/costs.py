@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qgraph.analysis.replay import Replay
-from qgraph.analysis.sensitivity import score_of
+from qgraph.analysis.scores import score_of
 from qgraph.config import QuantSpec
 from qgraph.errors import ConfigError, InspectError
 from qgraph.graph import SiteRecord, keeping_modes
