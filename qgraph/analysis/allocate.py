@@ -5,17 +5,21 @@ What a layer costs at a width is in `costs.py`, what it takes in `latency.py`, t
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 from rich.table import Table
 from torch import nn
 
 from qgraph.analysis.budget import budget_bytes, choose, latency_share
-from qgraph.analysis.costs import Evaluate, Loss, Unit, evaluated_costs, fisher_costs, score_at, spec_at, units_of
+from qgraph.analysis.costs import Evaluate, Evaluations, Loss, Unit, fisher_costs, spec_at, units_of
 from qgraph.analysis.latency import Stopwatch, Times
+from qgraph.analysis.scores import Scores, is_loss
 from qgraph.config import QConfig, QuantSpec, Rule
 from qgraph.errors import ConfigError, InspectError
 from qgraph.graph import STATE, config_of, is_prepared, unwrapped
@@ -29,6 +33,7 @@ TRIES = 4  # of a choice that is timed
 NOISE = 0.02  # of a measured latency
 GLOB = re.compile(r"[*?\[]")
 
+P = ParamSpec("P")
 How = Literal["evaluate", "snr", "fisher"]
 
 
@@ -120,7 +125,7 @@ class Allocation:
         return as_text(self, 140)
 
 
-def allocate(
+def allocation(
     prepared: nn.Module,
     budget: str,
     evaluate: Evaluate | None = None,
@@ -128,12 +133,13 @@ def allocate(
     candidates: Sequence[float] = CANDIDATES,
     how: How = "evaluate",
     lower_is_better: bool = False,
+    resume: str | os.PathLike[str] | None = None,
     loss: Loss | None = None,
     batches: Iterable[Any] | None = None,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> QConfig:
+) -> Allocation:
     """Bits for the weights of each layer, such that the least quality is lost within a budget.
 
     The cost of a layer at a width is what the score loses when that layer alone has it and all others have the widest
@@ -153,8 +159,8 @@ def allocate(
         model, floats included; ``"0.5x size"``, of the model as it is prepared now; or ``"0.5x latency"``, of what the
         float model takes for `example_inputs` in onnxruntime on one thread of this machine.
     evaluate : callable
-        Takes the model and returns a number, the same one for the same model. A loss tells more than an accuracy, which
-        moves in steps.
+        Takes the model and returns a number, the same one for the same model. Best is `qgraph.divergence`, which chance
+        moves least; a loss tells more than an accuracy, which moves in steps.
     candidates : sequence of numbers
         Bits to choose from: 1..8, or 1.58.
     how : {"evaluate", "snr", "fisher"}
@@ -162,7 +168,9 @@ def allocate(
         their power, without any data. "fisher": noise of each weight times its mean squared gradient, second order;
         takes `loss` and a few `batches`.
     lower_is_better : bool
-        True for a loss or a perplexity.
+        True for a loss or a perplexity; `qgraph.divergence` says so itself.
+    resume : path, optional
+        A JSON file to keep evaluated scores in: a run that was stopped goes on, and another budget needs few more.
     loss : callable (model, batch) -> Tensor, optional
     batches : iterable, optional
     example_inputs, example_kwargs : optional
@@ -172,9 +180,9 @@ def allocate(
 
     Returns
     -------
-    QConfig
-        The config of `prepared` with a rule for each layer that differs; prepare the model anew with it.
-        `qgraph.allocation` returns it with costs and sizes, as a table.
+    Allocation
+        Its `config` is that of `prepared` with a rule for each layer that differs; prepare the model anew with it.
+        `print` the rest, costs and sizes, as a table. `qgraph.allocate` returns the config alone.
 
     Raises
     ------
@@ -188,50 +196,11 @@ def allocate(
 
     Examples
     --------
-    >>> config = qgraph.allocate(prepared, "2.5 bits", accuracy)  # doctest: +SKIP
+    >>> config = qgraph.allocate(prepared, "2.5 bits", qgraph.divergence(prepared, batches))  # doctest: +SKIP
     >>> mixed = qgraph.prepare(model, config, (x,))  # doctest: +SKIP
     """
-    return allocation(
-        prepared,
-        budget,
-        evaluate,
-        candidates=candidates,
-        how=how,
-        lower_is_better=lower_is_better,
-        loss=loss,
-        batches=batches,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        progress=progress,
-    ).config
-
-
-def allocation(
-    prepared: nn.Module,
-    budget: str,
-    evaluate: Evaluate | None = None,
-    *,
-    candidates: Sequence[float] = CANDIDATES,
-    how: How = "evaluate",
-    lower_is_better: bool = False,
-    loss: Loss | None = None,
-    batches: Iterable[Any] | None = None,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> Allocation:
-    """`allocate`, with the costs and sizes that it went by."""
     model = unwrapped(prepared)
-    if not isinstance(model, nn.Module) or not is_prepared(model):
-        raise InspectError(f"allocate: {type(model).__name__} is not prepared. Expected what qgraph.prepare returns.")
-    if how not in ("evaluate", "snr", "fisher"):
-        raise ConfigError(f"allocate: found how={how!r}. Expected 'evaluate', 'snr' or 'fisher'.")
-    if how == "evaluate" and not callable(evaluate):
-        raise ConfigError("allocate: how='evaluate' needs evaluate=, a function of the model that returns a number.")
-    if how == "fisher" and (loss is None or batches is None):
-        raise ConfigError("allocate: how='fisher' needs loss=, a function (model, batch), and batches= of data.")
-    if not candidates:
-        raise ConfigError("allocate: no candidates. Expected bits to choose from, such as (2, 4, 8).")
+    _check_arguments(model, how, evaluate, loss, batches, candidates)
     widths = sorted({QuantSpec(bits).bits for bits in candidates})
     units = units_of(model, widths)
     share = latency_share(budget)
@@ -241,23 +210,21 @@ def allocation(
         watch = Stopwatch(model, units, example_inputs, example_kwargs)
         room = _time_room(watch, watch.measure(widths, progress), widths, share)
     noise = [[unit.noise(bits) for bits in widths] for unit in units]
+    evaluations: Evaluations | None = None
     if how == "evaluate":
         assert evaluate is not None
-        costs = evaluated_costs(model, units, widths, evaluate, -1 if lower_is_better else 1, progress)
+        scores = Scores(model, resume, "allocate")
+        evaluations = Evaluations(model, units, evaluate, is_loss(evaluate, lower_is_better), scores)
+        costs = evaluations.costs(widths, progress)
     elif how == "fisher":
         assert loss is not None and batches is not None
         costs = fisher_costs(model, units, widths, loss, batches, progress)
     else:
         costs = noise
     chosen, latency = room.choose(_with_ties(costs, noise), widths)
-    uniform = False
-    if how == "evaluate" and (one := room.widest()) is not None:
-        assert evaluate is not None
-        plain = [one] * len(units)
-        found, other = (score_at(model, units, [widths[i] for i in which], evaluate) for which in (chosen, plain))
-        uniform = other <= found if lower_is_better else other >= found
-        if uniform:
-            chosen, latency = plain, None if room.times is None else room.times.at(one)
+    one = None if evaluations is None else _one_width(evaluations, room, chosen, widths)
+    if one is not None:
+        chosen, latency = [one] * len(units), None if room.times is None else room.times.at(one)
     layers = tuple(
         LayerBits(
             tuple(unit.paths),
@@ -277,8 +244,45 @@ def allocation(
         int(room.limit) if room.times is None else None,
         latency,
         share,
-        uniform,
+        one is not None,
     )
+
+
+def _config_alone(find: Callable[P, Allocation]) -> Callable[P, QConfig]:
+    """The same function, with its config alone as the result."""
+
+    @functools.wraps(find)
+    def allocate(*args: P.args, **kwargs: P.kwargs) -> QConfig:
+        return find(*args, **kwargs).config
+
+    allocate.__name__ = allocate.__qualname__ = "allocate"
+    allocate.__signature__ = inspect.signature(find).replace(return_annotation="QConfig")  # type: ignore[attr-defined]
+    return allocate
+
+
+allocate = _config_alone(allocation)
+
+
+def _check_arguments(model: Any, how: str, evaluate: Any, loss: Any, batches: Any, candidates: Sequence[float]) -> None:
+    if not isinstance(model, nn.Module) or not is_prepared(model):
+        raise InspectError(f"allocate: {type(model).__name__} is not prepared. Expected what qgraph.prepare returns.")
+    if how not in ("evaluate", "snr", "fisher"):
+        raise ConfigError(f"allocate: found how={how!r}. Expected 'evaluate', 'snr' or 'fisher'.")
+    if how == "evaluate" and not callable(evaluate):
+        raise ConfigError("allocate: how='evaluate' needs evaluate=, a function of the model that returns a number.")
+    if how == "fisher" and (loss is None or batches is None):
+        raise ConfigError("allocate: how='fisher' needs loss=, a function (model, batch), and batches= of data.")
+    if not candidates:
+        raise ConfigError("allocate: no candidates. Expected bits to choose from, such as (2, 4, 8).")
+
+
+def _one_width(evaluations: Evaluations, room: _Room, chosen: Sequence[int], widths: Sequence[float]) -> int | None:
+    """The place of the widest candidate that all layers may have, where that scores as well as the choice."""
+    one = room.widest()
+    if one is None:
+        return None
+    mixed = evaluations.better([widths[i] for i in chosen], [widths[one]] * len(chosen))
+    return None if mixed else one
 
 
 @dataclass(slots=True)

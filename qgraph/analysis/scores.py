@@ -66,6 +66,11 @@ def score_of(evaluate: Callable[[nn.Module], float], model: nn.Module, name: str
         ) from error
 
 
+def is_loss(evaluate: object, lower_is_better: bool) -> bool:
+    """Whether lower is better: it is said, or `evaluate` says so of itself, as `qgraph.divergence` does."""
+    return lower_is_better or bool(getattr(evaluate, "lower_is_better", False))
+
+
 def _key(prepared: nn.Module) -> dict[str, object]:
     return {"format": FORMAT, "config": str(config_of(prepared)), "weights": _fingerprint(prepared)}
 

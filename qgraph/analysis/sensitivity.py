@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qgraph.analysis.gradient import LossChanges
 from qgraph.analysis.recorded import title_of
 from qgraph.analysis.replay import Replay
-from qgraph.analysis.scores import Scores, score_of
+from qgraph.analysis.scores import Scores, is_loss, score_of
 from qgraph.errors import InspectError
 from qgraph.graph import is_prepared, keeping_modes
 from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
@@ -139,7 +139,7 @@ def sensitivity(
         each layer, quantized alone, would add to a loss to second order (`gradient.py`), in two passes over some
         `batches` however many layers there are. Layers that keep state or run as Python are not ranked by it.
     lower_is_better : bool
-        True for a loss or a perplexity.
+        True for a loss or a perplexity; `qgraph.divergence` says so itself.
     resume : path, optional
         A JSON file to keep the scores in: a run that was stopped goes on from there. Not for how="gradient".
     loss : callable (model, batch) -> Tensor, optional
@@ -185,6 +185,7 @@ def sensitivity(
         raise InspectError(f"sensitivity: found first={first!r}. Expected a number of layers, at least 1.")
     if not callable(evaluate):
         raise InspectError("sensitivity: needs evaluate, a function of the model that returns a number.")
+    lower_is_better = is_loss(evaluate, lower_is_better)
     scores = _Evaluations(prepared, evaluate, resume, Replay(prepared, cache_bytes))
     known, versions = _layers(prepared), _versions(prepared)
     at_once = [held for name, held in known.items() if f"{how} layer {name}" not in scores.found]
