@@ -33,8 +33,14 @@ TRIES = 4  # of a choice that is timed
 NOISE = 0.02  # of a measured latency
 GLOB = re.compile(r"[*?\[]")
 
+FOUND_BETTER = {
+    "uniform": "the same bits everywhere: evaluate found no mixed choice better",
+    "noise": "the best choice by the noise of the weights: evaluate found it better than that by costs",
+}
+
 P = ParamSpec("P")
 How = Literal["evaluate", "snr", "fisher"]
+Choice = Literal["costs", "noise", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,8 @@ class Allocation:
 
     `config` is what to prepare with; `stored` are bytes of the allocated weights, and `limit` those that are allowed,
     None for a budget of latency. Then `latency` is what a run takes over the float model, as measured, and
-    `latency_limit` what is allowed. `uniform` says that no mixed choice was better than one width everywhere.
+    `latency_limit` what is allowed. `choice` says what the bits are best by: the costs, or, where `evaluate` found that
+    better, the noise of the weights, or one width everywhere.
     """
 
     config: QConfig
@@ -78,7 +85,12 @@ class Allocation:
     limit: int | None
     latency: float | None = None
     latency_limit: float | None = None
-    uniform: bool = False
+    choice: Choice = "costs"
+
+    @property
+    def uniform(self) -> bool:
+        """Whether no mixed choice was better than one width everywhere."""
+        return self.choice == "uniform"
 
     @property
     def bits_per_weight(self) -> float:
@@ -101,7 +113,7 @@ class Allocation:
             "limit": self.limit,
             "latency": self.latency,
             "latency_limit": self.latency_limit,
-            "uniform": self.uniform,
+            "choice": self.choice,
             "bits_per_weight": self.bits_per_weight,
             "layers": layers,
         }
@@ -111,8 +123,8 @@ class Allocation:
         yield f"{room}, {self.bits_per_weight:.2f} bits a weight; costs by {self.how}"
         if self.latency is not None:
             yield f"{self.latency:.2f}x the float model's latency, allowed {self.latency_limit:g}x"
-        if self.uniform:
-            yield "the same bits everywhere: evaluate found no mixed choice better"
+        if self.choice != "costs":
+            yield FOUND_BETTER[self.choice]
         widths = sorted(self.layers[0].costs)
         table = Table("layer", "bits", "bytes", *(f"cost at {bits}" for bits in widths))
         for layer in self.layers:
@@ -143,9 +155,9 @@ def allocation(
     """Bits for the weights of each layer, such that the least quality is lost within a budget.
 
     The cost of a layer at a width is what the score loses when that layer alone has it and all others have the widest
-    candidate; costs are taken to add up, and the best choice is then found exactly. Where `evaluate` then finds one
-    width for all layers that is as good within the budget, that is what is returned. Activations, sparsity, scales and
-    methods stay as they are configured, and so does what rules leave float.
+    candidate; costs are taken to add up, and the best choice is then found exactly. So is the best one by noise of the
+    weights; of these two and one width for all layers, the one that `evaluate` finds best is returned. Activations,
+    sparsity, scales and methods stay as they are configured, and so does what rules leave float.
 
     For a budget of latency the model is exported once at each candidate (target "ort", for latency) and timed and
     profiled beside the float model; what is chosen is then timed itself.
@@ -222,9 +234,9 @@ def allocation(
     else:
         costs = noise
     chosen, latency = room.choose(_with_ties(costs, noise), widths)
-    one = None if evaluations is None else _one_width(evaluations, room, chosen, widths)
-    if one is not None:
-        chosen, latency = [one] * len(units), None if room.times is None else room.times.at(one)
+    choice: Choice = "costs"
+    if evaluations is not None:
+        choice, chosen, latency = _best(evaluations, room, noise, chosen, latency, widths)
     layers = tuple(
         LayerBits(
             tuple(unit.paths),
@@ -244,7 +256,7 @@ def allocation(
         int(room.limit) if room.times is None else None,
         latency,
         share,
-        one is not None,
+        choice,
     )
 
 
@@ -276,13 +288,27 @@ def _check_arguments(model: Any, how: str, evaluate: Any, loss: Any, batches: An
         raise ConfigError("allocate: no candidates. Expected bits to choose from, such as (2, 4, 8).")
 
 
-def _one_width(evaluations: Evaluations, room: _Room, chosen: Sequence[int], widths: Sequence[float]) -> int | None:
-    """The place of the widest candidate that all layers may have, where that scores as well as the choice."""
+def _best(
+    evaluations: Evaluations,
+    room: _Room,
+    noise: Sequence[Sequence[float]],
+    chosen: list[int],
+    latency: float | None,
+    widths: Sequence[float],
+) -> tuple[Choice, list[int], float | None]:
+    """Of the choice by costs, that by noise and one width everywhere the one that scores best.
+
+    Costs at few bits do not quite add up: what one layer adds to the noise of another is in no cost.
+    """
+    found: list[tuple[Choice, list[int], float | None]] = []
     one = room.widest()
-    if one is None:
-        return None
-    mixed = evaluations.better([widths[i] for i in chosen], [widths[one]] * len(chosen))
-    return None if mixed else one
+    if one is not None:
+        found.append(("uniform", [one] * len(chosen), None if room.times is None else room.times.at(one)))
+    found.append(("costs", chosen, latency))
+    if room.times is None:  # else each choice is exported and timed
+        found.append(("noise", *room.choose(noise, widths)))
+    best = evaluations.best([[widths[i] for i in places] for _, places, _ in found])
+    return found[best]
 
 
 @dataclass(slots=True)

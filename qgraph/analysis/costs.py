@@ -166,10 +166,10 @@ class Evaluations:
                 unit.set_bits(width)
             return self._score("the chosen bits")
 
-    def better(self, bits: Sequence[float], others: Sequence[float]) -> bool:
-        """Whether a choice scores better than another."""
-        mine, theirs = self.at(bits), self.at(others)
-        return mine < theirs if self.lower_is_better else mine > theirs
+    def best(self, choices: Sequence[Sequence[float]]) -> int:
+        """The place of the choice of bits that scores best; of equal ones the first."""
+        found = [self.at(bits) for bits in choices]
+        return found.index(min(found) if self.lower_is_better else max(found))
 
     def _name(self, unit: Unit, bits: float, widest: float) -> str:
         return f"{unit.paths[0] or 'the model'} alone at {bits} bits, others at {widest}"

@@ -184,12 +184,12 @@ def test_scores_are_kept_for_a_run_that_was_stopped_and_for_other_budgets(tmp_pa
         plan("3 bits")
     first, stop = len(calls), 0
     found = plan("3 bits")
-    whole = 1 + 3 * 6  # evaluations; others see that giving back activations changes nothing, and compare with W3
-    assert whole < len(calls) <= first + whole - 6 + 4
+    whole = 1 + 3 * 6  # others see that giving back activations changes nothing, and compare with W3 and by noise
+    assert whole < len(calls) <= first + whole - 6 + 5
     assert found == qgraph.allocation(prepared, "3 bits", distance_to, lower_is_better=True)
     done = len(calls)
     other = plan("5 bits")
-    assert len(calls) == done + 2
+    assert len(calls) == done + 3
     assert other == qgraph.allocation(prepared, "5 bits", distance_to, lower_is_better=True)
     with torch.no_grad():
         model[0].weight[0, 0] += 1
@@ -320,3 +320,20 @@ def test_one_width_where_no_mixture_is_better():
     )  # fmt: skip
     mixed, uniform = (qgraph.prepare(model, config, x[:2]) for config in (found.config, "W3@tensor"))
     assert evaluate(mixed) <= evaluate(uniform) and (not found.uniform or found.stored == size)
+
+
+def test_the_choice_by_noise_where_costs_do_not_add_up():
+    model, x = net(), torch.randn(8, 16)
+    prepared = qgraph.prepare(model, "W8@tensor", x)
+    plan = functools.partial(qgraph.allocation, prepared, "4 bits", candidates=(2, 4, 8))
+    by_noise = [layer.bits for layer in plan(how="snr").layers]
+
+    def evaluate(candidate):
+        bits = [candidate[i].qgraph["weight"].spec.bits for i in (0, 2, 4)]
+        return 100.0 if bits == by_noise else bits[1] + bits[2] - 3 * bits[0]
+
+    found = plan(evaluate)
+    assert found.choice == "noise" and [layer.bits for layer in found.layers] == by_noise
+    assert "by the noise of the weights" in str(found) and found.to_dict()["choice"] == "noise"
+    alone = [max(layer.costs.values()) for layer in found.layers]
+    assert alone[0] == 0 < min(alone[1:])
