@@ -63,7 +63,7 @@ def divergence(
     Parameters
     ----------
     prepared : nn.Module
-        Its outputs with all quantizers off, in eval mode, are the ones to stay near to. They are computed now.
+        Its outputs with all quantizers off, in eval mode, are the ones to stay near to: computed now, and kept.
     batches : iterable
         Each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. They are kept.
     loss : "kl", "mse" or a function of two tensors, the model's and the float model's
