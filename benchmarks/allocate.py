@@ -1,11 +1,11 @@
-"""Mixed bits against uniform bits at the same size: the digits CNN and transformer of `qgraph demo`.
+"""Mixed bits against uniform bits at the same size, on two pretrained models and on the two of `qgraph demo`.
 
-Run: python benchmarks/allocate.py --json benchmarks/results/allocate.json      (some three minutes a seed)
+Run: python -m benchmarks.allocate --seeds 0 1 --json benchmarks/results/allocate.json      (forty minutes)
 
-Each model is trained in float, prepared, and its bits are allocated within the bytes of a uniform config, once by
-evaluations on images held out of training, once by each proxy. All are scored on the test images as they are then, and
-after the same short training with quantization. The proxies' Spearman correlation with the evaluated costs is over all
-layers and candidates.
+`benchmarks.allocate_models` has the models and their data; the pretrained ones need transformers and Pillow. Bits are
+allocated within the bytes of a uniform config by 300 samples that no training saw: by the divergence from the float
+model's outputs, by the loss, and by two proxies. All are judged on test samples, quantized as they are, and the small
+models after a short training too. Spearman's correlation with the costs by divergence is over all layers and widths.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,12 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import qgraph
-from qgraph.analysis.allocate import Allocation, allocation
-from qgraph.demo import MODELS, _digits
+from benchmarks.accuracy.data import DEFAULT_CACHE
+from benchmarks.allocate_models import BATCH, DEMO, Samples, Trained, demo, lite0, minilm, train
+from qgraph.analysis.allocate import Allocation
 
-HELD_OUT = 300
-BATCH = 64
 BASE = "W8"
+HOWS = ("divergence", "loss", "fisher", "snr")
 
 
 def main() -> None:
@@ -46,20 +47,21 @@ def main() -> None:
     start = time.perf_counter()
     for name in options.models:
         for seed in options.seeds:
-            found, correlated = measure(name, seed, options)
-            rows += found
+            measured, correlated = measure(name, seed, options)
+            rows += measured
             correlations += correlated
     table = Table("model", "seed", "bits", "bytes", "bits/weight", "loss", "accuracy", "loss, trained", "acc., trained")
-    for row in rows:
+    for found in rows:
         table.add_row(
-            row["model"], str(row["seed"]), row["bits"], f"{row['bytes']:,}", f"{row['bits_per_weight']:.2f}",
-            f"{row['loss']:.3f}", f"{row['accuracy']:.1%}",
-            f"{row['trained_loss']:.3f}", f"{row['trained_accuracy']:.1%}",
+            found["model"], str(found["seed"]), found["bits"], shown(found["bytes"], ","),
+            shown(found.get("bits_per_weight"), ".2f"), f"{found['loss']:.3f}", f"{found['accuracy']:.1%}",
+            shown(found.get("trained_loss"), ".3f"), shown(found.get("trained_accuracy"), ".1%"),
         )  # fmt: skip
     console = Console(width=150)
     console.print(table)
-    for row in correlations:
-        console.print(f"{row['model']}, seed {row['seed']}: {row['proxy']} against evaluations: {row['spearman']:.3f}")
+    for found in correlations:
+        shares = f"{found['proxy']} against divergence: {found['spearman']:.3f}"
+        console.print(f"{found['model']}, seed {found['seed']}: {shares}")
     if options.json:
         conditions = {
             "command": " ".join(["python", *sys.argv]),
@@ -78,48 +80,80 @@ def main() -> None:
 
 def measure(name: str, seed: int, options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """One model: its rows, and how the proxies rank."""
-    data = _digits(seed)
-    held, train_x = data.train_x[:HELD_OUT], data.train_x[HELD_OUT:]
-    held_y, train_y = data.train_y[:HELD_OUT], data.train_y[HELD_OUT:]
-    torch.manual_seed(seed)
-    model = MODELS[name]()
-    train(model, train_x, train_y, options.epochs, 2e-3, seed)
-    prepared = qgraph.prepare(model, BASE, (held[:2],))
-    batches = [(held[i : i + BATCH], held_y[i : i + BATCH]) for i in range(0, HELD_OUT, BATCH)]
-
-    def evaluate(candidate: nn.Module) -> float:
-        return scores(candidate, held, held_y)[0]
-
-    def plan(budget: int, how: Any) -> Allocation:
-        return allocation(
-            prepared, f"{8 * (budget + 0.5) / weights} bits", evaluate, how=how, lower_is_better=True, batches=batches,
-            loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]),
-        )  # fmt: skip
-
-    layers = [layer for layer in qgraph.inspect(prepared).layers if layer.weight is not None]
-    weights = sum(math.prod(layer.shape) for layer in layers)
-    rows = []
-    plans: dict[str, Allocation] = {}
-    for bits in options.bits:
-        uniform = qgraph.prepare(model, f"W{bits}", (held[:2],))
-        budget = sum(layer.bytes_after for layer in qgraph.inspect(uniform).layers if layer.weight is not None)
-        configs: dict[str, Any] = {f"uniform W{bits}": (f"W{bits}", budget)}
-        for how in ("evaluate", "fisher", "snr"):
-            plans[how] = plan(budget, how)
-            configs[f"mixed, {how}, as W{bits}"] = (plans[how].config, plans[how].stored)
-        for label, (config, stored) in configs.items():
-            quantized = qgraph.prepare(model, config, (held[:2],))
-            loss, accuracy = scores(quantized, data.test_x, data.test_y)
-            train(quantized, train_x, train_y, options.quantized_epochs, 5e-4, seed)
-            after = scores(quantized, data.test_x, data.test_y)
-            rows.append({
-                "model": name, "seed": seed, "bits": label, "bytes": stored, "bits_per_weight": 8 * stored / weights,
-                "loss": loss, "accuracy": accuracy, "trained_loss": after[0], "trained_accuracy": after[1],
-            })  # fmt: skip
+    trained = load(name, seed, options)
+    rows = [row(name, seed, "float", trained, trained.model, None, options)]
+    with tempfile.TemporaryDirectory() as folder:
+        planner = Planner(trained, Path(folder))
+        for bits in options.bits if name in DEMO else options.real_bits:
+            uniform = qgraph.prepare(trained.model, f"W{bits}", trained.example)
+            budget = sum(layer.bytes_after for layer in qgraph.inspect(uniform).layers if layer.weight is not None)
+            rows.append(row(name, seed, f"uniform W{bits}", trained, uniform, budget, options))
+            for by in HOWS:
+                plan = planner.plan(budget, by)
+                mixed = qgraph.prepare(trained.model, plan.config, trained.example)
+                rows.append(row(name, seed, f"mixed, {by}, as W{bits}", trained, mixed, plan.stored, options))
     return rows, [
-        {"model": name, "seed": seed, "proxy": how, "spearman": rank_correlation(plans[how], plans["evaluate"])}
-        for how in ("fisher", "snr")
+        {"model": name, "seed": seed, "proxy": by, "spearman": rank_correlation(planner.last[by], real)}
+        for real in (planner.last["divergence"],)
+        for by in HOWS[1:]
     ]
+
+
+def load(name: str, seed: int, options: argparse.Namespace) -> Trained:
+    """A model by its name."""
+    if name in DEMO:
+        return demo(name, seed, options.epochs)
+    return {"lite0": lite0, "minilm": minilm}[name](options.cache, seed)
+
+
+class Planner:
+    """Allocations of one model, by each source of costs; evaluated scores are kept for all budgets."""
+
+    def __init__(self, trained: Trained, folder: Path) -> None:
+        self.prepared = qgraph.prepare(trained.model, BASE, trained.example)
+        layers = [layer for layer in qgraph.inspect(self.prepared).layers if layer.weight is not None]
+        self.weights = sum(math.prod(layer.shape) for layer in layers)
+        inputs, classes = trained.held_out
+        self.batches = list(zip(inputs.split(BATCH), classes.split(BATCH), strict=True))
+        self.trained, self.folder = trained, folder
+        self.last: dict[str, Allocation] = {}
+        self.evaluate: dict[str, Any] = {
+            "divergence": qgraph.divergence(self.prepared, [x for x, _ in self.batches], select=trained.logits),
+            "loss": lambda candidate: trained.scores(candidate, trained.held_out)[0],
+        }
+
+    def plan(self, budget: int, by: str) -> Allocation:
+        """Bits within these bytes."""
+        how: Any = "evaluate" if by in self.evaluate else by
+        self.last[by] = qgraph.allocation(
+            self.prepared, f"{8 * (budget + 0.5) / self.weights} bits", self.evaluate.get(by), how=how,
+            lower_is_better=True, resume=self.folder / f"{by}.json", batches=self.batches, loss=self._loss,
+        )  # fmt: skip
+        return self.last[by]
+
+    def _loss(self, model: nn.Module, batch: Samples) -> Tensor:
+        return F.cross_entropy(self.trained.logits(model(batch[0])), batch[1])
+
+
+def row(
+    name: str, seed: int, bits: str, trained: Trained, model: nn.Module, size: int | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Scores on the test samples, of the small models also after a short training."""
+    loss, accuracy = trained.scores(model, trained.test)
+    found = {"model": name, "seed": seed, "bits": bits, "bytes": size, "loss": loss, "accuracy": accuracy}
+    if size is not None:
+        layers = [layer for layer in qgraph.inspect(model).layers if layer.weight is not None]
+        found["bits_per_weight"] = 8 * size / sum(math.prod(layer.shape) for layer in layers)
+        if name in DEMO and trained.known is not None:
+            train(model, trained.known, options.quantized_epochs * (len(trained.known[0]) // BATCH), 5e-4, seed)
+            found["trained_loss"], found["trained_accuracy"] = trained.scores(model, trained.test)
+    print(found, flush=True)
+    return found
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number as text, where there is one."""
+    return "-" if value is None else format(value, form)
 
 
 def rank_correlation(proxy: Allocation, real: Allocation) -> float:
@@ -132,35 +166,13 @@ def rank_correlation(proxy: Allocation, real: Allocation) -> float:
     return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
-@torch.no_grad()
-def scores(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Loss and accuracy in eval mode."""
-    model.eval()
-    out = model(x)
-    return float(F.cross_entropy(out, y)), float((out.argmax(1) == y).float().mean())
-
-
-def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, rate: float, seed: int) -> None:
-    """AdamW with a rate that decays to 0."""
-    order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), rate)
-    steps = epochs * (len(x) // BATCH)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=order)[: len(x) // BATCH * BATCH].split(BATCH):
-            loss = F.cross_entropy(model(x[batch]), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3])
+    parser.add_argument("--models", nargs="+", choices=[*DEMO, "lite0", "minilm"], default=[*DEMO, "lite0", "minilm"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3], help="of the small models")
+    parser.add_argument("--real-bits", nargs="+", type=int, default=[2, 3, 4])
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where pretrained models and data are kept")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--quantized-epochs", type=int, default=2)

@@ -27,10 +27,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import qgraph
-from benchmarks.allocate import HELD_OUT, scores, train
+from benchmarks.allocate_models import DEMO, demo
 from benchmarks.training_models import MODELS
-from qgraph.demo import MODELS as DEMO
-from qgraph.demo import _digits
 
 FIRST = 5
 RANKED = ("W4", "W2", "A4W2", "A2W2")
@@ -40,8 +38,8 @@ CONFIGS = {"gpt": "A8W4@128", "resnet18": "A4W2"}
 def main() -> None:
     """Measure, print, and write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=4, help="of a batch")
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=8, help="of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--json", type=Path)
@@ -131,19 +129,18 @@ def measure(name: str, how: Any, count: int, rows: int, rounds: int) -> dict[str
 
 def rank(name: str, seed: int) -> dict[str, Any]:
     """How the gradient ranks the layers of one trained model, at several configs."""
-    data = _digits(seed)
-    held, held_y = data.train_x[:HELD_OUT], data.train_y[:HELD_OUT]
-    torch.manual_seed(seed)
-    model = DEMO[name]()
-    train(model, data.train_x[HELD_OUT:], data.train_y[HELD_OUT:], 6, 2e-3, seed)
-    batches = [(held[i : i + 50], held_y[i : i + 50]) for i in range(0, HELD_OUT, 50)]
+    trained = demo(name, seed, epochs=6)
+    batches = [*zip(*(part.split(50) for part in trained.held_out), strict=True)]
     found: dict[str, float] = {}
     places: dict[str, int] = {}
     layers: tuple[Any, ...] = ()
     for config in RANKED:
-        prepared = qgraph.prepare(model, config, held[:2])
+        prepared = qgraph.prepare(trained.model, config, trained.example)
         real = qgraph.sensitivity(
-            prepared, lambda candidate: scores(candidate, held, held_y)[0], lower_is_better=True, progress=False
+            prepared,
+            lambda candidate: trained.scores(candidate, trained.held_out)[0],
+            lower_is_better=True,
+            progress=False,
         )
         proxy = qgraph.sensitivity(
             prepared, how="gradient", loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]), batches=batches, progress=False

@@ -28,6 +28,7 @@ from qgraph.version import __version__
 if TYPE_CHECKING:
     from qgraph.analysis.allocate import Allocation, allocate, allocation
     from qgraph.analysis.compare import ModelComparison, compare
+    from qgraph.analysis.divergence import Divergence, divergence
     from qgraph.analysis.monitor import Monitor, monitor
     from qgraph.analysis.sensitivity import SensitivityReport, sensitivity
     from qgraph.exporters.onnx import export
@@ -43,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Distilled",
+    "Divergence",
     "ExportError",
     "ExportReport",
     "FreezeMasks",
@@ -74,6 +76,7 @@ __all__ = [
     "compare",
     "disabled",
     "distill",
+    "divergence",
     "explore",
     "export",
     "freeze",
@@ -92,6 +95,7 @@ __all__ = [
 # These bring onnx and onnxruntime, or rich: imported when first asked for.
 _LAZY = {
     "Allocation": "qgraph.analysis.allocate",
+    "Divergence": "qgraph.analysis.divergence",
     "ExportReport": "qgraph.exporters.report",
     "ModelComparison": "qgraph.analysis.compare",
     "Monitor": "qgraph.analysis.monitor",
@@ -99,6 +103,7 @@ _LAZY = {
     "allocate": "qgraph.analysis.allocate",
     "allocation": "qgraph.analysis.allocate",
     "compare": "qgraph.analysis.compare",
+    "divergence": "qgraph.analysis.divergence",
     "explore": "qgraph.inspection.explorer",
     "export": "qgraph.exporters.onnx",
     "monitor": "qgraph.analysis.monitor",

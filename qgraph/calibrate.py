@@ -213,20 +213,23 @@ def _quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:
     return (module for module in quantizer_modules(model) if isinstance(module, ActivationQuantizer))
 
 
-def _run(model: nn.Module, batch: Any, number: int) -> None:
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
+def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments and keywords that a batch stands for; None for what is no call."""
     if isinstance(batch, Tensor):
-        args = (batch,)
-    elif isinstance(batch, (tuple, list)):
-        args = tuple(batch)
-    elif isinstance(batch, Mapping):
-        kwargs = dict(batch)
-    else:
+        return (batch,), {}
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    return ((), dict(batch)) if isinstance(batch, Mapping) else None
+
+
+def _run(model: nn.Module, batch: Any, number: int) -> None:
+    call = call_of(batch)
+    if call is None:
         raise CalibrationError(
             f"calibrate: batch {number} is a {type(batch).__name__}; expected a tensor, a tuple of positional "
             f"arguments or a mapping of keyword arguments."
         )
+    args, kwargs = call
     try:
         model(*args, **kwargs)
     except CalibrationError as error:

@@ -74,7 +74,7 @@ def distill(
     student = unwrapped(prepared)
     if not is_prepared(student):
         raise CaptureError(f"{type(student).__name__} is not prepared: call qgraph.prepare on it first.")
-    measure = _measure(loss, temperature)
+    measure = loss_between(loss, temperature, "distill")
     with torch.no_grad():
         if teacher is None:
             with disabled(student), keeping_modes(student):
@@ -83,7 +83,7 @@ def distill(
         else:
             target = teacher(*args, **kwargs)
     output = prepared(*args, **kwargs)
-    select = _selected if select is None else select
+    select = compared("distill") if select is None else select
     ours, theirs = select(output), select(target)
     if ours.shape != theirs.shape:
         raise ConfigError(
@@ -93,16 +93,17 @@ def distill(
     return Distilled(output, measure(ours, theirs))
 
 
-def _measure(loss: Loss, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_between(loss: Loss, temperature: float, asked: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function of the student's and the teacher's tensor that a name stands for."""
     if not isinstance(temperature, int | float) or not temperature > 0:
-        raise ConfigError(f"distill: temperature is a number above 0, found {temperature!r}.")
+        raise ConfigError(f"{asked}: temperature is a number above 0, found {temperature!r}.")
     if callable(loss):
         return loss
     if loss == "mse":
         return F.mse_loss
     if loss == "kl":
         return lambda student, teacher: _divergence(student, teacher, temperature)
-    raise ConfigError(f"distill: loss is 'kl', 'mse' or a function of two tensors, found {loss!r}.")
+    raise ConfigError(f"{asked}: loss is 'kl', 'mse' or a function of two tensors, found {loss!r}.")
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -111,16 +112,22 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _selected(output: Any) -> Tensor:
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("logits")
-    elif isinstance(output, tuple | list) and output:
-        found = output[0]
-    elif not isinstance(output, Tensor):
-        found = getattr(output, "logits", None)
-    if isinstance(found, Tensor):
-        return found
-    raise ConfigError(
-        f"distill: no tensor to compare in an output of type {type(output).__name__}; pass select=, a function of it."
-    )
+def compared(asked: str) -> Callable[[Any], Tensor]:
+    """What takes the tensor to compare of an output: itself, its logits, or the first of a tuple."""
+
+    def select(output: Any) -> Tensor:
+        found = output
+        if isinstance(output, Mapping):
+            found = output.get("logits")
+        elif isinstance(output, tuple | list) and output:
+            found = output[0]
+        elif not isinstance(output, Tensor):
+            found = getattr(output, "logits", None)
+        if isinstance(found, Tensor):
+            return found
+        raise ConfigError(
+            f"{asked}: no tensor to compare in an output of type {type(output).__name__}; pass select=, a function of "
+            f"it."
+        )
+
+    return select

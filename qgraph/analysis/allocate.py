@@ -5,17 +5,21 @@ What a layer costs at a width is in `costs.py`, what it takes in `latency.py`, t
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 from rich.table import Table
 from torch import nn
 
 from qgraph.analysis.budget import budget_bytes, choose, latency_share
-from qgraph.analysis.costs import Evaluate, Loss, Unit, evaluated_costs, fisher_costs, score_at, spec_at, units_of
+from qgraph.analysis.costs import Evaluate, Evaluations, Loss, Unit, fisher_costs, spec_at, units_of
 from qgraph.analysis.latency import Stopwatch, Times
+from qgraph.analysis.scores import Scores, is_loss
 from qgraph.config import QConfig, QuantSpec, Rule
 from qgraph.errors import ConfigError, InspectError
 from qgraph.graph import STATE, config_of, is_prepared, unwrapped
@@ -29,7 +33,14 @@ TRIES = 4  # of a choice that is timed
 NOISE = 0.02  # of a measured latency
 GLOB = re.compile(r"[*?\[]")
 
+FOUND_BETTER = {
+    "uniform": "the same bits everywhere: evaluate found no mixed choice better",
+    "noise": "the best choice by the noise of the weights: evaluate found it better than that by costs",
+}
+
+P = ParamSpec("P")
 How = Literal["evaluate", "snr", "fisher"]
+Choice = Literal["costs", "noise", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +74,8 @@ class Allocation:
 
     `config` is what to prepare with; `stored` are bytes of the allocated weights, and `limit` those that are allowed,
     None for a budget of latency. Then `latency` is what a run takes over the float model, as measured, and
-    `latency_limit` what is allowed. `uniform` says that no mixed choice was better than one width everywhere.
+    `latency_limit` what is allowed. `choice` says what the bits are best by: the costs, or, where `evaluate` found that
+    better, the noise of the weights, or one width everywhere.
     """
 
     config: QConfig
@@ -73,7 +85,12 @@ class Allocation:
     limit: int | None
     latency: float | None = None
     latency_limit: float | None = None
-    uniform: bool = False
+    choice: Choice = "costs"
+
+    @property
+    def uniform(self) -> bool:
+        """Whether no mixed choice was better than one width everywhere."""
+        return self.choice == "uniform"
 
     @property
     def bits_per_weight(self) -> float:
@@ -96,7 +113,7 @@ class Allocation:
             "limit": self.limit,
             "latency": self.latency,
             "latency_limit": self.latency_limit,
-            "uniform": self.uniform,
+            "choice": self.choice,
             "bits_per_weight": self.bits_per_weight,
             "layers": layers,
         }
@@ -106,8 +123,8 @@ class Allocation:
         yield f"{room}, {self.bits_per_weight:.2f} bits a weight; costs by {self.how}"
         if self.latency is not None:
             yield f"{self.latency:.2f}x the float model's latency, allowed {self.latency_limit:g}x"
-        if self.uniform:
-            yield "the same bits everywhere: evaluate found no mixed choice better"
+        if self.choice != "costs":
+            yield FOUND_BETTER[self.choice]
         widths = sorted(self.layers[0].costs)
         table = Table("layer", "bits", "bytes", *(f"cost at {bits}" for bits in widths))
         for layer in self.layers:
@@ -120,7 +137,7 @@ class Allocation:
         return as_text(self, 140)
 
 
-def allocate(
+def allocation(
     prepared: nn.Module,
     budget: str,
     evaluate: Evaluate | None = None,
@@ -128,18 +145,19 @@ def allocate(
     candidates: Sequence[float] = CANDIDATES,
     how: How = "evaluate",
     lower_is_better: bool = False,
+    resume: str | os.PathLike[str] | None = None,
     loss: Loss | None = None,
     batches: Iterable[Any] | None = None,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> QConfig:
+) -> Allocation:
     """Bits for the weights of each layer, such that the least quality is lost within a budget.
 
     The cost of a layer at a width is what the score loses when that layer alone has it and all others have the widest
-    candidate; costs are taken to add up, and the best choice is then found exactly. Where `evaluate` then finds one
-    width for all layers that is as good within the budget, that is what is returned. Activations, sparsity, scales and
-    methods stay as they are configured, and so does what rules leave float.
+    candidate; costs are taken to add up, and the best choice is then found exactly. So is the best one by noise of the
+    weights; of these two and one width for all layers, the one that `evaluate` finds best is returned. Activations,
+    sparsity, scales and methods stay as they are configured, and so does what rules leave float.
 
     For a budget of latency the model is exported once at each candidate (target "ort", for latency) and timed and
     profiled beside the float model; what is chosen is then timed itself.
@@ -153,8 +171,8 @@ def allocate(
         model, floats included; ``"0.5x size"``, of the model as it is prepared now; or ``"0.5x latency"``, of what the
         float model takes for `example_inputs` in onnxruntime on one thread of this machine.
     evaluate : callable
-        Takes the model and returns a number, the same one for the same model. A loss tells more than an accuracy, which
-        moves in steps.
+        Takes the model and returns a number, the same one for the same model. Best is `qgraph.divergence`, which chance
+        moves least; a loss tells more than an accuracy, which moves in steps.
     candidates : sequence of numbers
         Bits to choose from: 1..8, or 1.58.
     how : {"evaluate", "snr", "fisher"}
@@ -162,7 +180,9 @@ def allocate(
         their power, without any data. "fisher": noise of each weight times its mean squared gradient, second order;
         takes `loss` and a few `batches`.
     lower_is_better : bool
-        True for a loss or a perplexity.
+        True for a loss or a perplexity; `qgraph.divergence` says so itself.
+    resume : path, optional
+        A JSON file to keep evaluated scores in: a run that was stopped goes on, and another budget needs few more.
     loss : callable (model, batch) -> Tensor, optional
     batches : iterable, optional
     example_inputs, example_kwargs : optional
@@ -172,9 +192,9 @@ def allocate(
 
     Returns
     -------
-    QConfig
-        The config of `prepared` with a rule for each layer that differs; prepare the model anew with it.
-        `qgraph.allocation` returns it with costs and sizes, as a table.
+    Allocation
+        Its `config` is that of `prepared` with a rule for each layer that differs; prepare the model anew with it.
+        `print` the rest, costs and sizes, as a table. `qgraph.allocate` returns the config alone.
 
     Raises
     ------
@@ -188,50 +208,11 @@ def allocate(
 
     Examples
     --------
-    >>> config = qgraph.allocate(prepared, "2.5 bits", accuracy)  # doctest: +SKIP
+    >>> config = qgraph.allocate(prepared, "2.5 bits", qgraph.divergence(prepared, batches))  # doctest: +SKIP
     >>> mixed = qgraph.prepare(model, config, (x,))  # doctest: +SKIP
     """
-    return allocation(
-        prepared,
-        budget,
-        evaluate,
-        candidates=candidates,
-        how=how,
-        lower_is_better=lower_is_better,
-        loss=loss,
-        batches=batches,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        progress=progress,
-    ).config
-
-
-def allocation(
-    prepared: nn.Module,
-    budget: str,
-    evaluate: Evaluate | None = None,
-    *,
-    candidates: Sequence[float] = CANDIDATES,
-    how: How = "evaluate",
-    lower_is_better: bool = False,
-    loss: Loss | None = None,
-    batches: Iterable[Any] | None = None,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> Allocation:
-    """`allocate`, with the costs and sizes that it went by."""
     model = unwrapped(prepared)
-    if not isinstance(model, nn.Module) or not is_prepared(model):
-        raise InspectError(f"allocate: {type(model).__name__} is not prepared. Expected what qgraph.prepare returns.")
-    if how not in ("evaluate", "snr", "fisher"):
-        raise ConfigError(f"allocate: found how={how!r}. Expected 'evaluate', 'snr' or 'fisher'.")
-    if how == "evaluate" and not callable(evaluate):
-        raise ConfigError("allocate: how='evaluate' needs evaluate=, a function of the model that returns a number.")
-    if how == "fisher" and (loss is None or batches is None):
-        raise ConfigError("allocate: how='fisher' needs loss=, a function (model, batch), and batches= of data.")
-    if not candidates:
-        raise ConfigError("allocate: no candidates. Expected bits to choose from, such as (2, 4, 8).")
+    _check_arguments(model, how, evaluate, loss, batches, candidates)
     widths = sorted({QuantSpec(bits).bits for bits in candidates})
     units = units_of(model, widths)
     share = latency_share(budget)
@@ -241,23 +222,21 @@ def allocation(
         watch = Stopwatch(model, units, example_inputs, example_kwargs)
         room = _time_room(watch, watch.measure(widths, progress), widths, share)
     noise = [[unit.noise(bits) for bits in widths] for unit in units]
+    evaluations: Evaluations | None = None
     if how == "evaluate":
         assert evaluate is not None
-        costs = evaluated_costs(model, units, widths, evaluate, -1 if lower_is_better else 1, progress)
+        scores = Scores(model, resume, "allocate")
+        evaluations = Evaluations(model, units, evaluate, is_loss(evaluate, lower_is_better), scores)
+        costs = evaluations.costs(widths, progress)
     elif how == "fisher":
         assert loss is not None and batches is not None
         costs = fisher_costs(model, units, widths, loss, batches, progress)
     else:
         costs = noise
     chosen, latency = room.choose(_with_ties(costs, noise), widths)
-    uniform = False
-    if how == "evaluate" and (one := room.widest()) is not None:
-        assert evaluate is not None
-        plain = [one] * len(units)
-        found, other = (score_at(model, units, [widths[i] for i in which], evaluate) for which in (chosen, plain))
-        uniform = other <= found if lower_is_better else other >= found
-        if uniform:
-            chosen, latency = plain, None if room.times is None else room.times.at(one)
+    choice: Choice = "costs"
+    if evaluations is not None:
+        choice, chosen, latency = _best(evaluations, room, noise, chosen, latency, widths)
     layers = tuple(
         LayerBits(
             tuple(unit.paths),
@@ -277,8 +256,59 @@ def allocation(
         int(room.limit) if room.times is None else None,
         latency,
         share,
-        uniform,
+        choice,
     )
+
+
+def _config_alone(find: Callable[P, Allocation]) -> Callable[P, QConfig]:
+    """The same function, with its config alone as the result."""
+
+    @functools.wraps(find)
+    def allocate(*args: P.args, **kwargs: P.kwargs) -> QConfig:
+        return find(*args, **kwargs).config
+
+    allocate.__name__ = allocate.__qualname__ = "allocate"
+    allocate.__signature__ = inspect.signature(find).replace(return_annotation="QConfig")  # type: ignore[attr-defined]
+    return allocate
+
+
+allocate = _config_alone(allocation)
+
+
+def _check_arguments(model: Any, how: str, evaluate: Any, loss: Any, batches: Any, candidates: Sequence[float]) -> None:
+    if not isinstance(model, nn.Module) or not is_prepared(model):
+        raise InspectError(f"allocate: {type(model).__name__} is not prepared. Expected what qgraph.prepare returns.")
+    if how not in ("evaluate", "snr", "fisher"):
+        raise ConfigError(f"allocate: found how={how!r}. Expected 'evaluate', 'snr' or 'fisher'.")
+    if how == "evaluate" and not callable(evaluate):
+        raise ConfigError("allocate: how='evaluate' needs evaluate=, a function of the model that returns a number.")
+    if how == "fisher" and (loss is None or batches is None):
+        raise ConfigError("allocate: how='fisher' needs loss=, a function (model, batch), and batches= of data.")
+    if not candidates:
+        raise ConfigError("allocate: no candidates. Expected bits to choose from, such as (2, 4, 8).")
+
+
+def _best(
+    evaluations: Evaluations,
+    room: _Room,
+    noise: Sequence[Sequence[float]],
+    chosen: list[int],
+    latency: float | None,
+    widths: Sequence[float],
+) -> tuple[Choice, list[int], float | None]:
+    """Of the choice by costs, that by noise and one width everywhere the one that scores best.
+
+    Costs at few bits do not quite add up: what one layer adds to the noise of another is in no cost.
+    """
+    found: list[tuple[Choice, list[int], float | None]] = []
+    one = room.widest()
+    if one is not None:
+        found.append(("uniform", [one] * len(chosen), None if room.times is None else room.times.at(one)))
+    found.append(("costs", chosen, latency))
+    if room.times is None:  # else each choice is exported and timed
+        found.append(("noise", *room.choose(noise, widths)))
+    best = evaluations.best([[widths[i] for i in places] for _, places, _ in found])
+    return found[best]
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qgraph.analysis.replay import Replay
-from qgraph.analysis.sensitivity import score_of
+from qgraph.analysis.scores import Scores, score_of
 from qgraph.config import QuantSpec
 from qgraph.errors import ConfigError, InspectError
 from qgraph.graph import SiteRecord, keeping_modes
@@ -39,6 +39,9 @@ class Unit:
 
     def names(self) -> list[str]:
         return [record.name for record, _ in self.sites]
+
+    def quantizers(self) -> list[nn.Module]:
+        return [record.quantizer for record, _ in self.sites if record.quantizer is not None]
 
     def set_bits(self, bits: float) -> None:
         """Give its quantizers other bits; `as_it_was` puts them back."""
@@ -120,53 +123,65 @@ def _holds(unit: Unit, site: str) -> bool:
     return any(record.name == site for record, _ in unit.sites)
 
 
-def evaluated_costs(
-    model: nn.Module, units: Sequence[Unit], widths: Sequence[float], evaluate: Evaluate, sign: int, progress: bool
-) -> list[list[float]]:
-    """Costs by evaluations: each layer alone at each width, the others at the widest.
+@dataclass(slots=True, eq=False)
+class Evaluations:
+    """`evaluate` of a model at other bits; what it finds is kept in a file where there is one."""
 
-    What the model computes before that layer is kept and given back, as in `sensitivity`.
-    """
-    replay = Replay(model, CACHE_BYTES)
-    changed = [[record.quantizer for record, _ in unit.sites if record.quantizer is not None] for unit in units]
-    with as_it_was(model), progress_bar(progress, len(units) * (len(widths) - 1) + 1, "allocate") as advance:
+    model: nn.Module
+    units: Sequence[Unit]
+    evaluate: Evaluate
+    lower_is_better: bool
+    scores: Scores
 
-        def score(name: str) -> float:
-            return _finite_score(evaluate, model, name)
+    def costs(self, widths: Sequence[float], progress: bool) -> list[list[float]]:
+        """What each layer alone loses at each width, the others at the widest.
 
-        for unit in units:
-            unit.set_bits(widths[-1])
-        base = replay.keep(lambda: score(f"all layers at {widths[-1]} bits"), changed)
-        advance()
-        costs = []
-        for unit, quantizers in zip(units, changed, strict=True):
-            row = []
-            for bits in widths[:-1]:
-                unit.set_bits(bits)
-                with replay.until(quantizers):
-                    row.append(sign * (base - score(f"{unit.paths[0] or 'the model'} alone at {bits} bits")))
-                advance()
-            unit.set_bits(widths[-1])
-            costs.append([*row, 0.0])
-        return costs
+        What the model computes before that layer is kept and given back, as in `sensitivity`.
+        """
+        replay, widest, sign = Replay(self.model, CACHE_BYTES), widths[-1], -1 if self.lower_is_better else 1
+        names = [[self._name(unit, bits, widest) for bits in widths[:-1]] for unit in self.units]
+        known, changed = self.scores.found, [unit.quantizers() for unit in self.units]
+        missing = [held for held, row in zip(changed, names, strict=True) if any(name not in known for name in row)]
+        with as_it_was(self.model), progress_bar(progress, 1 + sum(map(len, names)), "allocate") as advance:
+            for unit in self.units:
+                unit.set_bits(widest)
+            every = f"all layers at {widest} bits"
+            if missing or every not in known:
+                self.scores.add(every, replay.keep(lambda: self._score(every), missing))
+            advance()
+            for unit, quantizers, row in zip(self.units, changed, names, strict=True):
+                for bits, name in zip(widths, row, strict=False):
+                    if name not in known:
+                        unit.set_bits(bits)
+                        with replay.until(quantizers):
+                            self.scores.add(name, self._score(name))
+                    advance()
+                unit.set_bits(widest)
+        return [[sign * (known[every] - known[name]) for name in row] + [0.0] for row in names]
 
+    def at(self, bits: Sequence[float]) -> float:
+        """The score with these bits, one number for each layer."""
+        with as_it_was(self.model):
+            for unit, width in zip(self.units, bits, strict=True):
+                unit.set_bits(width)
+            return self._score("the chosen bits")
 
-def score_at(model: nn.Module, units: Sequence[Unit], bits: Sequence[float], evaluate: Evaluate) -> float:
-    """What `evaluate` gives with these bits, one number for each layer."""
-    with as_it_was(model):
-        for unit, width in zip(units, bits, strict=True):
-            unit.set_bits(width)
-        return _finite_score(evaluate, model, "the chosen bits")
+    def best(self, choices: Sequence[Sequence[float]]) -> int:
+        """The place of the choice of bits that scores best; of equal ones the first."""
+        found = [self.at(bits) for bits in choices]
+        return found.index(min(found) if self.lower_is_better else max(found))
 
+    def _name(self, unit: Unit, bits: float, widest: float) -> str:
+        return f"{unit.paths[0] or 'the model'} alone at {bits} bits, others at {widest}"
 
-def _finite_score(evaluate: Evaluate, model: nn.Module, name: str) -> float:
-    found = score_of(evaluate, model, name, "allocate")
-    if not math.isfinite(found):
-        raise InspectError(
-            f"allocate: evaluate gives {found} for {name}. Expected a finite number; qgraph.compare names the first "
-            f"layer with NaN."
-        )
-    return found
+    def _score(self, name: str) -> float:
+        found = score_of(self.evaluate, self.model, name, "allocate")
+        if not math.isfinite(found):
+            raise InspectError(
+                f"allocate: evaluate gives {found} for {name}. Expected a finite number; qgraph.compare names the "
+                f"first layer with NaN."
+            )
+        return found
 
 
 def fisher_costs(

@@ -7,13 +7,10 @@ not computed again (`replay.py`).
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,8 +20,9 @@ from torch import Tensor, nn
 from qgraph.analysis.gradient import LossChanges
 from qgraph.analysis.recorded import title_of
 from qgraph.analysis.replay import Replay
+from qgraph.analysis.scores import Scores, is_loss, score_of
 from qgraph.errors import InspectError
-from qgraph.graph import config_of, is_prepared, keeping_modes
+from qgraph.graph import is_prepared, keeping_modes
 from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
 from qgraph.terminal import as_text, progress_bar
 
@@ -41,7 +39,6 @@ HEADINGS = {
     "gradient": "quantized alone, by gradient",
 }
 NONE_ACTIVE = "sensitivity: no quantizer of the model is active. Switch them on with qgraph.set_enabled."
-FORMAT = 1  # of the file that is resumed from
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +139,7 @@ def sensitivity(
         each layer, quantized alone, would add to a loss to second order (`gradient.py`), in two passes over some
         `batches` however many layers there are. Layers that keep state or run as Python are not ranked by it.
     lower_is_better : bool
-        True for a loss or a perplexity.
+        True for a loss or a perplexity; `qgraph.divergence` says so itself.
     resume : path, optional
         A JSON file to keep the scores in: a run that was stopped goes on from there. Not for how="gradient".
     loss : callable (model, batch) -> Tensor, optional
@@ -188,15 +185,21 @@ def sensitivity(
         raise InspectError(f"sensitivity: found first={first!r}. Expected a number of layers, at least 1.")
     if not callable(evaluate):
         raise InspectError("sensitivity: needs evaluate, a function of the model that returns a number.")
-    scores = _Scores(prepared, evaluate, None if resume is None else Path(resume), Replay(prepared, cache_bytes))
-    scores.take("quantized", None)  # quantizers may be made by the first call
+    lower_is_better = is_loss(evaluate, lower_is_better)
+    scores = _Evaluations(prepared, evaluate, resume, Replay(prepared, cache_bytes))
+    known, versions = _layers(prepared), _versions(prepared)
+    at_once = [held for name, held in known.items() if f"{how} layer {name}" not in scores.found]
+    scores.take("quantized", None, base_of=at_once if how == "float" else ())  # it may be what makes the quantizers
     layers, kinds = _layers(prepared), _kinds(prepared)
     if not layers:
         raise InspectError(NONE_ACTIVE)
     everything = {id(module) for held in layers.values() for module in held}
-    behind = [] if first is None else _behind(_by_gradient(prepared, loss, batches, progress), first)
-    layers = {name: held for name, held in layers.items() if name not in behind}
-    units = [("layer", name, held) for name, held in layers.items()] + [("kind", *item) for item in kinds.items()]
+    as_before = known == layers and _versions(prepared) == versions  # else the first call made quantizers, or steps
+    if as_before and "quantized" in scores.found:
+        scores.by_switches[frozenset(everything)] = scores.found["quantized"]
+    behind = [] if first is None else _behind(_by_gradient(prepared, loss, batches, progress, ranks_only=True), first)
+    units = [("layer", name, held) for name, held in layers.items() if name not in behind]
+    units += [("kind", *item) for item in kinds.items()]
     with progress_bar(progress, len(units) + 2, "sensitivity") as advance:
         advance()
         missing = [held for kind, name, held in units if f"{how} {kind} {name}" not in scores.found]
@@ -204,7 +207,8 @@ def sensitivity(
             scores.take("float", set(), base_of=missing)
         else:
             scores.take("float", set())
-            scores.take("quantized", everything, base_of=missing)
+            if not as_before:
+                scores.take("quantized", everything, base_of=missing)
         advance()
         for kind, name, held in units:
             chosen = {id(module) for module in held}
@@ -242,7 +246,9 @@ def _by_gradient(
     loss: Callable[[nn.Module, Any], Tensor] | None,
     batches: Iterable[Any] | None,
     progress: bool,
+    ranks_only: bool = False,
 ) -> SensitivityReport:
+    """`ranks_only` leaves out the loss of the quantized model, which has run before."""
     given = list(batches or ())
     if loss is None or not given:
         raise InspectError(
@@ -255,10 +261,11 @@ def _by_gradient(
             raise InspectError(f"sensitivity: loss gives {value!r} for the {name} model. Expected one finite number.")
         return value
 
-    with keeping_modes(prepared), progress_bar(progress, 2 * len(given), "sensitivity") as advance:
+    runs = given if ranks_only else 2 * given
+    with keeping_modes(prepared), progress_bar(progress, len(runs), "sensitivity") as advance:
         prepared.eval()
-        quantized = 0.0
-        for batch in given:  # first: it may be what makes the quantizers
+        quantized = math.nan if ranks_only else 0.0
+        for batch in runs[len(given) :]:  # first: it may be what makes the quantizers
             with torch.no_grad():
                 quantized += float(mean_loss(batch, "quantized")) / len(given)
             advance()
@@ -291,19 +298,24 @@ def _by_gradient(
     )
 
 
-class _Scores:
-    """The scores so far, by name, kept in a file where there is one.
+class _Evaluations:
+    """The scores so far, by name.
 
     A score that is not finite is not kept; `check` names those.
     """
 
     def __init__(
-        self, prepared: nn.Module, evaluate: Callable[[nn.Module], float], path: Path | None, replay: Replay
+        self,
+        prepared: nn.Module,
+        evaluate: Callable[[nn.Module], float],
+        path: str | os.PathLike[str] | None,
+        replay: Replay,
     ) -> None:
-        self.prepared, self.evaluate, self.path, self.replay = prepared, evaluate, path, replay
-        self.key = {"format": FORMAT, "config": str(config_of(prepared)), "weights": _fingerprint(prepared)}
-        self.found: dict[str, float] = {} if path is None else _read(path, self.key)
+        self.prepared, self.evaluate, self.replay = prepared, evaluate, replay
+        self.scores = Scores(prepared, path, "sensitivity")
+        self.found = self.scores.found
         self.bad: dict[str, float] = {}
+        self.by_switches: dict[frozenset[int], float] = {}  # what is on -> the score
 
     def take(
         self,
@@ -317,27 +329,31 @@ class _Scores:
         `changed` are those that are switched otherwise than in the base, whose activations are kept. `base_of` makes
         this the base: of evaluations that each change some quantizers.
         """
-        if name in self.found and not base_of:
-            return
+        active = {id(module) for module in _active(self.prepared).values()}
+        on = frozenset(active if chosen is None else active & chosen)
+        if not base_of:
+            if name not in self.found and on in self.by_switches:  # as of the one kind that there is
+                self.scores.add(name, self.by_switches[on])
+            if name in self.found:
+                self.by_switches[on] = self.found[name]
+                return
 
         def evaluate() -> float:
             return score_of(self.evaluate, self.prepared, name)
 
-        versions = [p._version for p in self.prepared.parameters()]
+        versions = _versions(self.prepared)
         with _only(self.prepared, chosen), self.replay.until(changed) if changed else contextlib.nullcontext():
             score = self.replay.keep(evaluate, base_of) if base_of else evaluate()
-        if chosen is not None and [p._version for p in self.prepared.parameters()] != versions:
+        if chosen is not None and _versions(self.prepared) != versions:
             raise InspectError("sensitivity: evaluate changed the weights. Expected a function that only evaluates.")
         if not math.isfinite(score):
             self.bad[name] = score
             if name == "float":
                 self.check()
             return
-        self.found[name] = score
-        if self.path is not None:
-            partial = self.path.with_name(f"{self.path.name}.partial")
-            partial.write_text(json.dumps({**self.key, "scores": self.found}, indent=2))
-            os.replace(partial, self.path)
+        if chosen is not None:
+            self.by_switches[on] = score
+        self.scores.add(name, score)
 
     def check(self) -> None:
         """Say which evaluations gave no finite number."""
@@ -358,27 +374,6 @@ class _Scores:
         )
 
 
-def score_of(evaluate: Callable[[nn.Module], float], model: nn.Module, name: str, asked: str = "sensitivity") -> float:
-    """What `evaluate` gives for a model; InspectError for what is no number."""
-    try:
-        value = evaluate(model)
-    except ZeroDivisionError as error:
-        raise InspectError(
-            f"{asked}: evaluate divided by zero for {name!r}. Expected a number; does its loader hold any data? A "
-            f"generator that was gone through before is empty."
-        ) from error
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise InspectError(
-            f"{asked}: evaluate returned {type(value).__name__} for {name!r}. Expected a number, such as the accuracy."
-        ) from error
-
-
 @contextlib.contextmanager
 def _only(prepared: nn.Module, chosen: set[int] | None) -> Iterator[None]:
     """Switch off what is not chosen; switches and modes are put back."""
@@ -391,6 +386,11 @@ def _only(prepared: nn.Module, chosen: set[int] | None) -> Iterator[None]:
         finally:
             for module, enabled in before:
                 module.enabled = enabled
+
+
+def _versions(prepared: nn.Module) -> list[int]:
+    """By which to tell whether parameters were changed."""
+    return [parameter._version for parameter in prepared.parameters()]
 
 
 def _active(prepared: nn.Module) -> dict[str, Any]:
@@ -413,32 +413,3 @@ def _kinds(prepared: nn.Module) -> dict[str, list[Any]]:
     active = {id(module): module for module in _active(prepared).values()}.values()
     found = {name: [module for module in active if isinstance(module, kind)] for name, kind in KINDS.items()}
     return {name: held for name, held in found.items() if held}
-
-
-def _fingerprint(prepared: nn.Module) -> str:
-    """Of the names and bytes of the parameters."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in prepared.named_parameters():
-        if "qgraph" not in name.split("."):  # a learned step may be made by the first call
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: Path, key: Mapping[str, Any]) -> dict[str, float]:
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text())
-        scores = {str(name): float(score) for name, score in data.pop("scores").items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InspectError(
-            f"sensitivity: {path} cannot be read ({type(error).__name__}). Expected what an earlier run wrote; delete "
-            f"it, or pass another path."
-        ) from error
-    if data != key:
-        changed = ", ".join(name for name in key if data.get(name) != key[name])
-        raise InspectError(
-            f"sensitivity: {path} belongs to another model: its {changed} differ. Delete it, or pass another path."
-        )
-    return scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -164,6 +165,44 @@ def test_the_result_as_text_and_as_data():
     assert qgraph.allocate(qgraph.prepare(model, "W8@tensor", x), "3 bits", how="snr") == found.config
 
 
+def test_scores_are_kept_for_a_run_that_was_stopped_and_for_other_budgets(tmp_path):
+    model, x = net(), torch.randn(16, 16)
+    prepared = qgraph.prepare(model, "W8@tensor", x)
+    distance_to, calls = distance(model, x), []
+
+    def evaluate(candidate):
+        calls.append(candidate)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return distance_to(candidate)
+
+    plan = functools.partial(
+        qgraph.allocation, prepared, evaluate=evaluate, lower_is_better=True, resume=tmp_path / "scores.json"
+    )
+    stop = 9
+    with pytest.raises(KeyboardInterrupt):
+        plan("3 bits")
+    first, stop = len(calls), 0
+    found = plan("3 bits")
+    whole = 1 + 3 * 6  # others see that giving back activations changes nothing, and compare with W3 and by noise
+    assert whole < len(calls) <= first + whole - 6 + 5
+    assert found == qgraph.allocation(prepared, "3 bits", distance_to, lower_is_better=True)
+    done = len(calls)
+    other = plan("5 bits")
+    assert len(calls) == done + 3
+    assert other == qgraph.allocation(prepared, "5 bits", distance_to, lower_is_better=True)
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1
+    with pytest.raises(InspectError, match=r"allocate: .*belongs to another model: its weights differ"):
+        qgraph.allocate(qgraph.prepare(model, "W8@tensor", x), "3 bits", distance_to, resume=tmp_path / "scores.json")
+
+
+def test_the_config_alone_has_the_options_of_the_allocation():
+    shown, whole = inspect.signature(qgraph.allocate), inspect.signature(qgraph.allocation)
+    assert shown.parameters == whole.parameters and shown.return_annotation == "QConfig"
+    assert qgraph.allocate.__name__ == "allocate" and "2.5 bits" in qgraph.allocate.__doc__
+
+
 @pytest.mark.parametrize("text", ["2.5", "bits", "2.5 tokens", "-1 bits", "", 2.5, "3 ms", "20 tokens/s"])
 def test_a_text_that_is_no_budget(text):
     with pytest.raises(ConfigError, match=r"'2\.5 bits'.*'4 MB'.*'0\.5x size'"):
@@ -281,3 +320,20 @@ def test_one_width_where_no_mixture_is_better():
     )  # fmt: skip
     mixed, uniform = (qgraph.prepare(model, config, x[:2]) for config in (found.config, "W3@tensor"))
     assert evaluate(mixed) <= evaluate(uniform) and (not found.uniform or found.stored == size)
+
+
+def test_the_choice_by_noise_where_costs_do_not_add_up():
+    model, x = net(), torch.randn(8, 16)
+    prepared = qgraph.prepare(model, "W8@tensor", x)
+    plan = functools.partial(qgraph.allocation, prepared, "4 bits", candidates=(2, 4, 8))
+    by_noise = [layer.bits for layer in plan(how="snr").layers]
+
+    def evaluate(candidate):
+        bits = [candidate[i].qgraph["weight"].spec.bits for i in (0, 2, 4)]
+        return 100.0 if bits == by_noise else bits[1] + bits[2] - 3 * bits[0]
+
+    found = plan(evaluate)
+    assert found.choice == "noise" and [layer.bits for layer in found.layers] == by_noise
+    assert "by the noise of the weights" in str(found) and found.to_dict()["choice"] == "noise"
+    alone = [max(layer.costs.values()) for layer in found.layers]
+    assert alone[0] == 0 < min(alone[1:])
