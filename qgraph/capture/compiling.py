@@ -77,8 +77,12 @@ def _own_code(function: Any) -> Callable[..., Any]:
 
 
 def left_to_python(function: Any) -> Any:
-    """A function whose own frame is not compiled; those below it are."""
-    set_code_exec_strategy(function.__code__, _SKIPPED)
+    """A function whose own frame is not compiled, nor those of comprehensions in it; those of what it calls are."""
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        set_code_exec_strategy(code, _SKIPPED)
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
     return function
 
 

@@ -133,7 +133,7 @@ class Variant:
         arguments = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         source = f"lambda {', '.join(['self', *arguments])}: " + " and ".join(f"({g.source})" for g in self.guards)
         names = {"torch": torch, "device": torch.device}
-        return eval(source, names)  # the text is our own, made of the forward's argument names
+        return left_to_python(eval(source, names))  # the text is our own, made of the forward's argument names
 
     def __getstate__(self) -> dict[str, Any]:
         from qgraph.capture.serialize import dump_graph

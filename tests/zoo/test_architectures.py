@@ -23,6 +23,7 @@ def test_architecture(name):
     [
         ("bert", 0),  # has a forward that is left Python
         ("SdpaCausal", 0),  # a causal flag that is a size
+        ("Translator", 1),  # looks into a mask, where eager breaks
         ("Packed", 0),  # which eager leaves to Python as a whole
         ("EnableGrad", 2),  # a backward inside the forward, where eager breaks
     ],
@@ -38,6 +39,7 @@ def test_compiles_as_eager_does(name, breaks):
     [
         ("SdpaCausal", "x: 0=batch, 1=sequence", 2),
         ("GroupedExperts", "x: 0=batch", 2),
+        ("Translator", "source: 0=batch", 2),
         ("xlnet", "input_ids: 0=batch, 1=sequence; attention_mask: 0=batch, 1=sequence", 2),
         ("Packed", "refused", 0),
     ],

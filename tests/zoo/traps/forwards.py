@@ -292,3 +292,16 @@ class SequentialSlice(nn.Module):
 
     def forward(self, x):
         return self.seq[2:](torch.relu(self.seq[:2](x)))
+
+
+@trap(lambda i: (torch.randn(5, 2 + i, 8), torch.randn(4 + i, 2 + i, 8)), opaque=True)
+class Translator(nn.Module):
+    """torch's own encoder and decoder, which look into a mask to find out that it is the causal one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stacks, self.head = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, norm_first=True), nn.Linear(8, 3)
+
+    def forward(self, source, target):
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[0])
+        return self.head(self.stacks(source, target, tgt_mask=mask))
