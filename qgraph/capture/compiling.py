@@ -61,7 +61,7 @@ def run_child(run: Callable[..., Any], state: ModuleState, compiler: Any, args: 
     if compiler is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return run(*args)
     if state not in _entries:
-        _entries[state] = _own_code(run)
+        _entries[state] = _own_code(run, f"{state.path}.forward")
     set_eval_frame(compiler)
     try:
         return _entries[state](*args)
@@ -69,9 +69,11 @@ def run_child(run: Callable[..., Any], state: ModuleState, compiler: Any, args: 
         set_eval_frame(None)
 
 
-def _own_code(function: Any) -> Callable[..., Any]:
-    """A copy of a function with code of its own: the compiler counts the versions that it makes by code."""
-    own = FunctionType(function.__code__.replace(co_name=f"{function.__name__}_child"), function.__globals__)
+def _own_code(function: Any, name: str) -> Callable[..., Any]:
+    """A copy of a function with code of its own, by which the compiler counts the versions that it makes; by the name
+    it remembers sizes that varied.
+    """
+    own = FunctionType(function.__code__.replace(co_name=name), function.__globals__)
     own.__kwdefaults__ = function.__kwdefaults__
     return own
 
@@ -102,15 +104,17 @@ def leave_alone_with_all_below(*functions: Callable[..., Any]) -> None:
 
 
 def entry(cls: Any, forward: Any) -> Callable[..., Any]:
-    """The installed forward of a class, with code of its own: by code the compiler counts the versions that it makes.
+    """The installed forward of a class, with code of its own: by code the compiler counts the versions that it makes,
+    by file, line and name it remembers which sizes varied.
 
     That of a class of torch's stands in torch's file, so that the compiler takes it up within its caller alone, as it
     does torch's. Of the recurrent ones, which it refuses, it takes up none.
     """
-    code = forward.__code__.replace()
+    code = forward.__code__.replace(co_name=f"{cls.__qualname__}.forward")
     if is_torchs(cls):
         written = inspect.unwrap(cls.forward).__code__
-        code = code.replace(co_filename=written.co_filename, co_firstlineno=written.co_firstlineno)
+        place = {"co_filename": written.co_filename, "co_firstlineno": written.co_firstlineno}
+        code = code.replace(co_name=written.co_name, **place)
     forward.__code__ = code
     installed.add(code)
     return torch._compile._disable_dynamo(forward) if issubclass(cls, nn.RNNBase) else forward

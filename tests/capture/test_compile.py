@@ -336,3 +336,18 @@ def test_a_loop_over_parts_that_data_choose_is_left_to_python_as_in_eager():
     prepared = qgraph.prepare(Routed(), "A8W4", (x, chosen))
     compiled = Compiled(prepared)
     assert torch.equal(compiled(x, chosen), prepared(x, chosen)) and not compiled.graphs
+
+
+def test_sizes_that_one_class_has_met_leave_those_of_another_fixed():
+    class One(nn.Sequential):
+        def forward(self, x):
+            return self[0](x)
+
+    class Other(One):
+        pass
+
+    for kind, size in ((One, 2), (Other, 5)):
+        compiled = Compiled(qgraph.prepare(kind(nn.Linear(8, 8)), "W4", (rows(),)))
+        compiled(torch.randn(size, 8))
+        inputs = [n.meta["example_value"] for n in compiled.graphs[0].graph.nodes if n.op == "placeholder"]
+        assert all(isinstance(value, Tensor) and not value._has_symbolic_sizes_strides for value in inputs)
