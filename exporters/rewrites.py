@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
@@ -63,20 +64,22 @@ def modules_as_they_are() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def masks_as_given() -> Iterator[None]:
-    """While active, nn.Transformer's stacks do not look into a mask to find out that it is the causal one: they take it
-    as any other, since a trace has no values to look at.
+def values_unread() -> Iterator[None]:
+    """While active, torch's own modules do not look into values, which a trace has not: the stacks of nn.Transformer
+    take the causal mask as any other, and distributions do not check their arguments.
     """
-    original = transformer._detect_is_causal_mask
+    detect, validate = transformer._detect_is_causal_mask, Distribution._validate_args
 
-    def detect(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    def as_given(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
         return bool(is_causal)
 
-    transformer._detect_is_causal_mask = detect
+    transformer._detect_is_causal_mask = as_given
+    Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
-        transformer._detect_is_causal_mask = original
+        transformer._detect_is_causal_mask = detect
+        Distribution.set_default_validate_args(validate)
 
 
 def attention(

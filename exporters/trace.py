@@ -27,7 +27,7 @@ from qgraph.errors import ExportError
 from qgraph.exporters.computed import FromInputs, forget_computation, sites_from_inputs
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.lowering.records import DOMAIN
-from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, masks_as_given, modules_as_they_are
+from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, modules_as_they_are, values_unread
 from qgraph.exporters.shapes import ShapePlan
 from qgraph.exporters.signature import FlatModel
 from qgraph.exporters.translations import table_read_once, translations
@@ -137,7 +137,7 @@ def _trace(
             recurrent.RecurrentAsOperator(),
             rewrites,
             modules_as_they_are(),
-            masks_as_given(),
+            values_unread(),
         ):
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         if computed := sites_from_inputs(program):

@@ -91,3 +91,24 @@ def test_a_model_that_torch_cannot_export_is_exported(tmp_path):
     report = qgraph.export(prepared, tmp_path / "m.onnx", inputs, progress=False)
     assert report.dynamic and all("batch" in text for text in report.dynamic)
     assert {note.split(" ")[0] for note in report.notes if "written out" in note} == set(DECOMPOSITIONS)
+
+
+class Density(nn.Module):
+    """A mixture of two normal distributions, which check their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights, self.means = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x, y):
+        parts = torch.distributions.Normal(self.means(x), 1.0)
+        mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=self.weights(x)), parts)
+        return mixture.log_prob(y)
+
+
+def test_distributions_check_no_values_in_a_trace(tmp_path):
+    inputs = torch.randn(4, 6), torch.randn(4)
+    prepared = qgraph.prepare(Density(), "W4", inputs).eval()
+    qgraph.export(prepared, tmp_path / "m.onnx", inputs, progress=False)
+    with pytest.raises(ValueError, match="constraint"):  # and do again after it
+        torch.distributions.Normal(torch.zeros(2), -1.0)
