@@ -50,9 +50,11 @@ class Example:
 def other_values(flat: FlatModel, tensors: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Example]:
     """The example turned round in all its dimensions: there shows what a trace took off its values for good.
 
-    None where the model does not take them, or answers in another shape or by no number.
+    Masks stay, since some leave nothing to attend to when they are turned. None where the model does not take the
+    values, or answers in another shape or by no number.
     """
-    turned = [tensor.flip(tuple(range(tensor.dim()))) for tensor in tensors]
+    masks = [tensor.unique().numel() <= 2 for tensor in tensors]
+    turned = [t if mask else t.flip(tuple(range(t.dim()))) for t, mask in zip(tensors, masks, strict=True)]
     try:
         answer = run_eagerly(flat, turned)
     except Exception:
