@@ -190,19 +190,19 @@ def compile_graph(graph: fx.Graph, alone: bool) -> Callable[..., Any]:
     alike = (alone, lines, *((name, id(value)) for name, value in code.globals.items()))
     found = _compiled.get(alike)
     if found is None:
-        found = _compiled[alike] = _compile(graph, code.src, lines, dict(code.globals))
-        if not alone:
-            left_to_python(getattr(found, "written", found))
+        found = _compiled[alike] = _compile(graph, alone, code.src, lines, dict(code.globals))
     return found
 
 
-def _compile(graph: fx.Graph, source: str, lines: tuple[str, ...], names: dict[str, Any]) -> Callable[..., Any]:
+def _compile(
+    graph: fx.Graph, alone: bool, source: str, lines: tuple[str, ...], names: dict[str, Any]
+) -> Callable[..., Any]:
     import linecache
 
     file = f"{GENERATED}{next(_numbers)}>"
     linecache.cache[file] = (len(source), None, list(lines), file)
     exec(compile(source, file, "exec"), names)
-    forward = names["forward"]
+    forward = names["forward"] if alone else left_to_python(names["forward"])
     switches = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
     return _leaving_blocks(forward) if switches else forward
 
@@ -236,7 +236,6 @@ def _leaving_blocks(forward: Callable[..., Any]) -> Callable[..., Any]:
             torch._C._set_grad_enabled(enabled)
             raise
 
-    run.written = forward  # type: ignore[attr-defined]
     return run
 
 
