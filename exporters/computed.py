@@ -49,7 +49,7 @@ def forget_computation(program: ExportedProgram) -> None:
                 empty = graph.call_function(torch.ops.aten.zeros.default, (list(value.shape),), {"dtype": value.dtype})
                 empty.meta["val"] = value
             node.replace_input_with(computed, empty)
-    graph.eliminate_dead_code()
+            _erase_unused(graph, computed)
 
 
 def quantize_as_they_come(model: nn.Module, sites: set[str]) -> None:
@@ -89,6 +89,16 @@ class _ByRows(nn.Module):
             return self.by_rows(weight)
         first = weight.movedim(self.groups.axis, 0)
         return self.by_rows(first.flatten(1)).reshape(first.shape).movedim(0, self.groups.axis)
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase an operator without users, and those that it alone used; not what opens or closes a vmap."""
+    if node.users or not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for each in inputs:
+        _erase_unused(graph, each)
 
 
 def _weights(program: ExportedProgram) -> list[tuple[fx.Node, fx.Node]]:

@@ -7,6 +7,7 @@ A module here holds what one site needs (spec, groups, learned step) and can be 
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import threading
 from collections import Counter
@@ -26,7 +27,7 @@ from qgraph.ops.sharded import whole
 from qgraph.ops.sparsity import apply_mask
 from qgraph.ops.sr_ste import SparseRefined
 from qgraph.ops.static import FixedScale
-from qgraph.ops.vmapped import is_batched
+from qgraph.ops.vmapped import each_member, is_batched
 from qgraph.ranges import RunningRange
 
 
@@ -40,6 +41,12 @@ def _weight_op(weight: Tensor, site: str) -> Tensor:
 def _activation_op(x: Tensor, site: str) -> Tensor:
     """Stand in for one quantized activation in an exported graph; the exporter replaces it by ONNX nodes."""
     return x.clone()
+
+
+@_weight_op.register_vmap
+@_activation_op.register_vmap
+def _for_each_member(info: Any, dims: tuple[int | None, ...], x: Tensor, site: str) -> tuple[Tensor, int | None]:
+    return x.clone(), dims[0]
 
 
 @_weight_op.register_fake
@@ -163,6 +170,8 @@ def exporting(python: bool = False, calls: Mapping[str, Sequence[str]] | None = 
 
 
 def _emit_weight(run: _Run, weight: Tensor, site: str) -> Tensor:
+    if is_batched(weight):
+        return each_member(lambda member: _emit_weight(run, member, site), weight)
     names = run.calls.get(site, (site,))
     name = names[min(run.called[site], len(names) - 1)]
     run.called[site] += 1
@@ -241,21 +250,24 @@ class WeightQuantizer(Quantizer):
         run = run_state()
         if run.exporting:
             return _emit_weight(run, weight if dense is None else dense, self.site)
-        collecting = run.collected is not None and not is_batched(weight)  # else it is many weights, and gone after
-        if collecting or self.scale_dtype != torch.float32:
-            pruned = None if dense is None else dense.detach()
-            deployed = quantize(weight.detach(), self.spec, self.groups, dense=pruned, step=self.step)
-            deployed = deployed.with_scales_of(self.scale_dtype)
-            if collecting:
-                assert run.collected is not None
-                run.collected.add_weight(self.site, deployed)
+        if run.collected is not None or self.scale_dtype != torch.float32:
+            deployed = each_member(functools.partial(self._deployed, run), weight, dense)
             if self.scale_dtype != torch.float32:
-                return deployed.dequantize().to(weight.dtype)
+                return deployed
         if self.step is None and not torch.compiler.is_compiling():
             known = self.memo.quantized(weight, dense, self.spec, self.groups)
             if known is not None:
                 return known
         return fake_quantize(weight, self.spec, self.groups, dense=dense, step=self.step)
+
+    def _deployed(self, run: _Run, weight: Tensor, dense: Tensor | None) -> Tensor:
+        """The weight as a file holds it; where a run collects, what is in the file is kept."""
+        pruned = None if dense is None else dense.detach()
+        deployed = quantize(weight.detach(), self.spec, self.groups, dense=pruned, step=self.step)
+        deployed = deployed.with_scales_of(self.scale_dtype)
+        if run.collected is not None:
+            run.collected.add_weight(self.site, deployed)
+        return deployed.dequantize().to(weight.dtype)
 
 
 class ActivationQuantizer(Quantizer):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch import predispatch
 
 T = TypeVar("T", bound=type[torch.autograd.Function])
 
@@ -25,6 +28,19 @@ def unwrapped(x: Tensor) -> Tensor | None:
     if not torch._C._functorch.is_functorch_wrapped_tensor(x):
         return None
     return torch._C._functorch.get_unwrapped(x)
+
+
+def each_member(function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+    """`function` of each tensor that a batched one stands for, and of those of others; the results batched likewise."""
+    if not is_batched(x):
+        return function(x, *others)
+    pairs = zip(*(itertools.repeat(None) if t is None else _members(t) for t in (x, *others)), strict=False)
+    results = torch.stack([each_member(function, *pair) for pair in pairs])
+    return predispatch._add_batch_dim(results, 0, torch._C._functorch.maybe_get_level(x))  # which a trace records
+
+
+def _members(x: Tensor) -> tuple[Tensor, ...]:
+    return torch._C._functorch.get_unwrapped(x).unbind(torch._C._functorch.maybe_get_bdim(x))
 
 
 def vmapped(function: T) -> T:

@@ -40,6 +40,7 @@ def test_compiles_as_eager_does(name, breaks):
         ("SdpaCausal", "x: 0=batch, 1=sequence", 2),
         ("GroupedExperts", "x: 0=batch", 2),
         ("Translator", "source: 0=batch", 2),
+        ("Ensembled", "x: 0=batch", 2),
         ("xlnet", "input_ids: 0=batch, 1=sequence; attention_mask: 0=batch, 1=sequence", 2),
         ("Packed", "refused", 0),
     ],
