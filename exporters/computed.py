@@ -6,6 +6,8 @@ input: they are quantized in the file as they come, as activations are, a row an
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -22,15 +24,32 @@ _BY_SIZE = frozenset({
 
 
 class FromInputs(Exception):
-    """The weights of these `sites` are computed from the model's inputs."""
+    """The weights of these `names` (of `Collected.calls`) are computed from the model's inputs."""
 
-    def __init__(self, sites: set[str]) -> None:
-        super().__init__(", ".join(sorted(sites)))
-        self.sites = sites
+    def __init__(self, names: set[str]) -> None:
+        super().__init__(", ".join(sorted(names)))
+        self.names = names
+
+    def sites(self, calls: Mapping[str, Sequence[str]]) -> list[str]:
+        """The sites of these weights.
+
+        Raises
+        ------
+        ExportError
+            For one that other calls use with weights of the model's own: it has one quantizer for both.
+        """
+        found = sorted(site for site, names in calls.items() if not self.names.isdisjoint(names))
+        for site in found:
+            if not self.names.issuperset(calls[site]):
+                raise ExportError(
+                    f"export: {site} is called with weights that are computed from the model's inputs, and with others "
+                    "that are not; expected one or the other: use a second layer for the computed ones"
+                )
+        return found
 
 
-def sites_from_inputs(program: ExportedProgram) -> set[str]:
-    """The sites of a traced program whose weights depend on values of its inputs."""
+def names_from_inputs(program: ExportedProgram) -> set[str]:
+    """The weights of a traced program, by name, that depend on values of its inputs."""
     given, reached = set(program.graph_signature.user_inputs), set[fx.Node]()
     for node in program.graph.nodes:
         own = node.op == "placeholder" and node.name in given
@@ -52,7 +71,7 @@ def forget_computation(program: ExportedProgram) -> None:
             _erase_unused(graph, computed)
 
 
-def quantize_as_they_come(model: nn.Module, sites: set[str]) -> None:
+def quantize_as_they_come(model: nn.Module, sites: Sequence[str]) -> None:
     """Let a working copy quantize the weights of these sites as activations.
 
     Raises

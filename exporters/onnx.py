@@ -295,9 +295,10 @@ def _trace(job: Job, plan: ShapePlan) -> Traced:
     except ExportError:
         raise
     except FromInputs as found:
-        quantize_as_they_come(job.model, found.sites)
+        sites = found.sites(job.collected.calls)
+        quantize_as_they_come(job.model, sites)
         collect_again(job, job.python)
-        job.notes += [f"{site} is computed from the inputs: quantized in the file as it comes" for site in found.sites]
+        job.notes += [f"{site} is computed from the inputs: quantized in the file as it comes" for site in sites]
         return _trace(job, plan)
     except Exception as error:
         explained = explain(error, job.original)
@@ -365,7 +366,9 @@ def _verify(
     weighted = {site.rpartition(".")[0] for site in lowered.weights}
     examples = [Example("the example", job.flat.inputs.tensors, job.reference)]
     if plan.second is not None and plan.reference is not None:
-        examples.append(Example("a second shape", plan.second, plan.reference))
+        examples.append(Example("a second shape", plan.second, plan.reference, resized=True))
+    if plan.larger is not None:
+        examples.append(Example("twice the sizes", *plan.larger, resized=True))
     if others:
         examples += other_values(job.flat, job.flat.inputs.tensors, job.reference)
     verifier = Verifier(

@@ -7,7 +7,7 @@ the torch model itself runs with another one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,13 +25,15 @@ class ShapePlan:
     """One choice of dynamic dimensions.
 
     `dims` holds one dict per input; `second` is the example with every dynamic size changed (None when all is
-    static) and `reference` is what torch answers on it.
+    static) and `reference` is what torch answers on it. `larger` is another, with its answer, of sizes that were asked
+    for: twice the example's, since one pixel more makes no further patch.
     """
 
     dims: tuple[Dims, ...]
     second: tuple[Tensor, ...] | None = None
     reference: tuple[Tensor, ...] | None = None
     limits: tuple[tuple[str, int | None, int | None], ...] = ()
+    larger: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def describe(self, names: Sequence[str]) -> tuple[str, ...]:
         """``x: 0=batch, 1=sequence`` per input that has a dynamic dimension."""
@@ -81,15 +83,23 @@ def candidate_plans(tensors: Sequence[Tensor], names: Sequence[str], run: Run) -
 def runnable(dims: tuple[Dims, ...], tensors: Sequence[Tensor], run: Run, **limits: Any) -> ShapePlan | None:
     """The plan for `dims` with a second example that the torch model accepts, or None."""
     for step in (1, 3, -1, 0):  # another size, a larger one, a smaller one (position tables have an end), twice it
-        second = _resized(dims, tensors, step, limits)
-        if second is None:
-            continue
-        try:
-            reference = run(second)
-        except Exception:  # any error of the user's model means "not this size"
-            continue
-        return ShapePlan(dims, second, reference, tuple((name, *bounds) for name, bounds in limits.items()))
+        found = _accepted(dims, tensors, step, limits, run)
+        if found is not None:
+            return ShapePlan(dims, *found, tuple((name, *bounds) for name, bounds in limits.items()))
     return None
+
+
+def _accepted(
+    dims: tuple[Dims, ...], tensors: Sequence[Tensor], step: int, limits: Mapping[str, Any], run: Run
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """The example resized, and torch's answer, where there is one."""
+    resized = _resized(dims, tensors, step, limits)
+    if resized is None:
+        return None
+    try:
+        return resized, run(resized)
+    except Exception:  # any error of the user's model means "not this size"
+        return None
 
 
 def given_plan(inputs: FlatInputs, dynamic_shapes: Any, run: Run) -> ShapePlan:
@@ -131,7 +141,7 @@ def given_plan(inputs: FlatInputs, dynamic_shapes: Any, run: Run) -> ShapePlan:
             f"{sorted({n for d in dims for n in d.values()})}; "
             "expected sizes that it takes; name fewer dimensions, or give each Dim its min and max"
         )
-    return plan
+    return replace(plan, larger=_accepted(tuple(dims), inputs.tensors, 0, limits, run))
 
 
 def tracing_example(plan: ShapePlan, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from qgraph.capture.names import any_name
 from qgraph.errors import ExportError
-from qgraph.exporters.computed import FromInputs, forget_computation, sites_from_inputs
+from qgraph.exporters.computed import FromInputs, forget_computation, names_from_inputs
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.lowering.records import DOMAIN
 from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, modules_as_they_are, values_unread
@@ -97,7 +97,7 @@ def trace(
     Raises
     ------
     FromInputs
-        For the sites of weights that are computed from the inputs.
+        For weights that are computed from the inputs.
     DataDependent, ExportError, Exception
         The exporter's own error where it is none of ours: the caller decides whether to try fewer dynamic
         sizes.
@@ -140,7 +140,7 @@ def _trace(
             values_unread(),
         ):
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
-        if computed := sites_from_inputs(program):
+        if computed := names_from_inputs(program):
             raise FromInputs(computed)
         forget_computation(program)
         stack.enter_context(table_read_once())

@@ -40,11 +40,12 @@ CHAIN = 0.5  # a run with flips may differ so much, of the largest output, if it
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Inputs and torch's answer."""
+    """Inputs and torch's answer; `resized` where their sizes are not those that the file was made from."""
 
     name: str
     tensors: Sequence[Tensor]
     reference: Sequence[Tensor]
+    resized: bool = False
 
 
 def other_values(flat: FlatModel, tensors: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Example]:
@@ -133,12 +134,12 @@ class Verifier:
         for optimize, level in LEVELS:
             self.progress(f"running onnxruntime, {level}")
             session = self._session(self.path, optimize)
-            for number, example in enumerate(examples):
-                outputs = self._outputs(session, example, number)
+            for example in examples:
+                outputs = self._outputs(session, example)
                 difference = worst_difference(example.reference, outputs)
                 verified.runs.append(f"{level} on {example.name}")
                 if difference > TOLERANCE:
-                    difference = self._explain(example, number, optimize, level, outputs, difference, verified)
+                    difference = self._explain(example, optimize, level, outputs, difference, verified)
                 verified.max_difference = max(verified.max_difference, difference)
         if not verified.differences and (self.layers or self.records):
             self.progress("comparing layer by layer")
@@ -152,7 +153,7 @@ class Verifier:
         """What onnxruntime makes of the file without the settings."""
         settings = ", ".join(f"{key}={value}" for key, value in self.settings.items())
         try:
-            outputs = self._outputs(session_of(self.path), example, 0)
+            outputs = self._outputs(session_of(self.path), example)
         except Exception as error:  # onnxruntime's own classes derive from Exception alone
             return f"checked with {settings}; onnxruntime's own fusions fail on it: {str(error).splitlines()[0]}"
         difference = worst_difference(example.reference, outputs)
@@ -161,7 +162,6 @@ class Verifier:
     def _explain(
         self,
         example: Example,
-        number: int,
         optimize: bool,
         level: str,
         outputs: Sequence[np.ndarray],
@@ -186,7 +186,7 @@ class Verifier:
                 f"differ by {difference:.1e}, expected at most {TOLERANCE:.0e} of the largest one; no file "
                 "was written; try target='standard' or "
                 "leave that layer out with a rule, and report it",
-                shape_only=number > 0,
+                shape_only=example.resized,
                 rounding=difference < ROUNDING,
             )
         proven = bool(self.records) and not self.rounding_kernels  # quantizer by quantizer
@@ -203,7 +203,7 @@ class Verifier:
                 f"{TOLERANCE:.0e}, although the {len(found.differences)} layers that were compared one by "
                 "one agree; no file was written; try "
                 "target='standard', and report it",
-                shape_only=number > 0,
+                shape_only=example.resized,
                 rounding=difference < ROUNDING,
             )
         verified.flips = max(verified.flips, found.flips, 1)
@@ -220,7 +220,7 @@ class Verifier:
                 False,
             ) from error
 
-    def _outputs(self, session: ort.InferenceSession, example: Example, number: int) -> list[np.ndarray]:
+    def _outputs(self, session: ort.InferenceSession, example: Example) -> list[np.ndarray]:
         feeds = {n: t.detach().cpu().numpy() for n, t in zip(self.flat.inputs.names, example.tensors, strict=True)}
         feeds = {value.name: feeds[value.name] for value in session.get_inputs()}
         try:
@@ -230,7 +230,7 @@ class Verifier:
                 f"export: onnxruntime fails on {example.name}: {error}; expected the shapes that the model "
                 "takes; try "
                 "dynamic_shapes={} for a static file, and report it",
-                shape_only=number > 0,
+                shape_only=example.resized,
             ) from error
 
     def _probe(self, example: Example, optimize: bool) -> Probed:

@@ -43,10 +43,9 @@ def _activation_op(x: Tensor, site: str) -> Tensor:
     return x.clone()
 
 
-@_weight_op.register_vmap
 @_activation_op.register_vmap
-def _for_each_member(info: Any, dims: tuple[int | None, ...], x: Tensor, site: str) -> tuple[Tensor, int | None]:
-    return x.clone(), dims[0]
+def _batched_activation(info: Any, dims: tuple[int | None, ...], x: Tensor, site: str) -> tuple[Tensor, int | None]:
+    return torch.ops.qgraph.activation(x, site), dims[0]
 
 
 @_weight_op.register_fake
@@ -261,13 +260,13 @@ class WeightQuantizer(Quantizer):
         return fake_quantize(weight, self.spec, self.groups, dense=dense, step=self.step)
 
     def _deployed(self, run: _Run, weight: Tensor, dense: Tensor | None) -> Tensor:
-        """The weight as a file holds it; where a run collects, what is in the file is kept."""
+        """The weight, by the file's scales where those are rounded; a run that collects keeps what the file holds."""
         pruned = None if dense is None else dense.detach()
         deployed = quantize(weight.detach(), self.spec, self.groups, dense=pruned, step=self.step)
         deployed = deployed.with_scales_of(self.scale_dtype)
         if run.collected is not None:
             run.collected.add_weight(self.site, deployed)
-        return deployed.dequantize().to(weight.dtype)
+        return weight if self.scale_dtype == torch.float32 else deployed.dequantize().to(weight.dtype)
 
 
 class ActivationQuantizer(Quantizer):

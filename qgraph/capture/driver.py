@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from qgraph.capture.install import install
 from qgraph.capture.session import capturing
-from qgraph.capture.snapshot import Snapshot
+from qgraph.capture.snapshot import Snapshot, copies
 from qgraph.capture.source import raised_at
 from qgraph.capture.state import ModuleState
 from qgraph.errors import QGraphError
@@ -72,7 +71,7 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], b
     try:
         with torch.enable_grad(), capturing(quantize=False) as session:
             try:
-                model(*_copies(args), **_copies(kwargs))
+                model(*copies(args), **copies(kwargs))
             finally:  # children that were through before an error keep their graphs, and no graph stays as recorded
                 session.rewrite()
     except QGraphError:
@@ -82,17 +81,9 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], b
         reason = f"recording raised {type(error).__name__}: {error}"
         where = raised_at(error)
         with torch.enable_grad(), capturing(quantize=False, reason=reason, where=where) as session:
-            model(*_copies(args), **_copies(kwargs))
+            model(*copies(args), **copies(kwargs))
         session.rewrite()
     before.restore()
-
-
-def _copies(values: Any) -> Any:
-    """Copies of the example inputs, since a forward may change them; what cannot be copied is used as it is."""
-    try:
-        return copy.deepcopy(values)
-    except Exception:
-        return values
 
 
 def _set_mode(model: nn.Module, modes: list[tuple[nn.Module, bool]], training: bool) -> None:

@@ -5,7 +5,6 @@ The module object, its class by isinstance, its parameters, hooks and state_dict
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import functools
 import itertools
@@ -31,7 +30,7 @@ from qgraph.capture.compiling import (
 from qgraph.capture.guards import GuardMiss
 from qgraph.capture.opaque import Running, SiteMode, run_opaque, running_mode
 from qgraph.capture.session import active, capturing, current
-from qgraph.capture.snapshot import Snapshot
+from qgraph.capture.snapshot import Snapshot, copies
 from qgraph.capture.source import raised_at
 from qgraph.capture.state import ModuleState
 from qgraph.capture.variants import MAX_VARIANTS, Call, Variant, shapes
@@ -259,10 +258,8 @@ def _record_for_inference(
     module: nn.Module, state: ModuleState, forward: Any, args: Any, kwargs: Any, call: Call
 ) -> None:
     """Record a call that is made in inference mode outside of it, on copies: its tensors do not tell of changes."""
-    with torch.inference_mode(False), torch.no_grad():
-        args, kwargs = copy.deepcopy((args, kwargs))
-        with capturing(quantize=True) as session:
-            session.start(module, state, forward, args, kwargs, call)
+    with torch.inference_mode(False), torch.no_grad(), capturing(quantize=True) as session:
+        session.start(module, state, forward, copies(args), copies(kwargs), call)
 
 
 def _install_made(module: nn.Module, state: ModuleState) -> None:

@@ -79,6 +79,14 @@ class Snapshot:
                     _put_back(value, content)
 
 
+def copies(values: Any) -> Any:
+    """Copies of a call's arguments, since a forward may change them; what cannot be copied is used as it is."""
+    try:
+        return copy.deepcopy(values)
+    except Exception:
+        return values
+
+
 def _is_ours_or_scripted(module: nn.Module) -> bool:
     """Whether a module holds quantizers, which a run may make for good, or has no more of a dict than its names."""
     return isinstance(module, (Quantizers, torch.jit.ScriptModule))

@@ -77,7 +77,7 @@ def test_what_computes_a_weight_from_parameters_is_not_in_the_file(tmp_path):
 
 
 def test_what_a_trace_takes_off_the_example_for_good_is_found_by_other_values(tmp_path, monkeypatch):
-    monkeypatch.setattr("qgraph.exporters.trace.sites_from_inputs", lambda program: set())
+    monkeypatch.setattr("qgraph.exporters.trace.names_from_inputs", lambda program: set())
     x = torch.randn(5, 8)
     prepared = qgraph.prepare(Hyper(), "W4", (x,)).eval()
     with pytest.raises(ExportError, match="on other values"):
@@ -115,3 +115,18 @@ def test_a_layer_that_is_called_with_other_weights_has_both_in_the_file(tmp_path
         np.abs(run(tmp_path / "m.onnx", x) - expected).max()
         <= (2e-2 if "A" in config else 1e-5) * np.abs(expected).max()
     )
+
+
+class Both(Hyper):
+    """A layer that is called with its own weights, and with others that are computed from the inputs."""
+
+    def forward(self, x):
+        return self.main(x) + super().forward(x)
+
+
+def test_own_and_computed_weights_of_one_layer_are_refused(tmp_path):
+    x = torch.randn(5, 8)
+    prepared = qgraph.prepare(Both(), "W4", (x,)).eval()
+    with pytest.raises(ExportError, match=r"main\.weight is called with weights that are computed"):
+        qgraph.export(prepared, tmp_path / "m.onnx", (x,), progress=False)
+    assert not list(tmp_path.iterdir())

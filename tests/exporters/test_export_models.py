@@ -187,7 +187,7 @@ def test_dynamic_shapes_as_given(shapes, tmp_path):
     count = len(next(iter(shapes.values()))) if isinstance(shapes, dict) and shapes else len(shapes and shapes[0])
     dims = onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim
     assert sum(bool(dim.dim_param) for dim in dims) == count
-    assert len(report.verified) == (6 if count else 4)
+    assert len(report.verified) == (8 if count else 4)
 
 
 @pytest.mark.parametrize(
@@ -438,3 +438,29 @@ def test_an_export_leaves_the_exporter_of_torch_as_it_was(tmp_path):
     with table_read_once():
         copied = registry.from_torchlib(opset_version=20).functions
     assert {name: len(found) for name, found in copied.items()} == {name: len(found) for name, found in fresh.items()}
+
+
+class Patches(nn.Module):
+    """Position embeddings of another number of patches are interpolated; one pixel more makes none."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 2)
+        self.places = nn.Parameter(torch.randn(1, 8, 4, 4))
+
+    def forward(self, image):
+        x = self.cut(image)
+        places = self.places
+        if x.shape[2] * x.shape[3] != 16:
+            places = nn.functional.interpolate(places, size=x.shape[2:], mode="bilinear")
+        return self.head((x + places).flatten(2).transpose(1, 2)).mean(1)
+
+
+def test_sizes_that_were_asked_for_are_checked_at_twice_the_example_too(tmp_path):
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, 16, 16)
+    prepared = qgraph.prepare(Patches(), "W4", (image,)).eval()
+    shapes = {"image": {2: "height", 3: "width"}}
+    with pytest.raises(ExportError, match="on twice the sizes"):  # the trace took the branch of the example
+        qgraph.export(prepared, tmp_path / "m.onnx", (image,), dynamic_shapes=shapes, progress=False)
+    assert not list(tmp_path.iterdir())

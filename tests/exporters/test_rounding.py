@@ -70,8 +70,8 @@ def test_a_run_with_other_flips_may_be_as_far_off_as_the_one_that_is_proven(time
     push_first_quantizer(1e-5, monkeypatch)
     plain = Verifier._outputs
 
-    def elsewhere(self, session, example, number):
-        (found,), (expected,) = plain(self, session, example, number), example.reference
+    def elsewhere(self, session, example):
+        (found,), (expected,) = plain(self, session, example), example.reference
         return [expected.numpy() + times * (found - expected.numpy())]
 
     monkeypatch.setattr(Verifier, "_outputs", elsewhere)
@@ -106,22 +106,29 @@ def test_a_layer_that_is_called_twice_and_wrong_is_named(tmp_path, monkeypatch):
     refuses(net, tmp_path / "m.onnx", (TIE,), match="the first layer that differs is second")
 
 
-def test_a_kernel_that_rounds_too_much_gives_way_to_a_plain_product(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("layer", "config", "purpose", "kernel", "plain"),
+    [
+        (nn.Linear(64, 96), "W4", "size", "MatMulNBits", "unpacked bits4"),
+        (nn.Linear(512, 512), "A4W1", None, "MatMulInteger", "unpacked bits1"),
+    ],
+)
+def test_a_kernel_that_rounds_too_much_gives_way(tmp_path, monkeypatch, layer, config, purpose, kernel, plain):
     torch.manual_seed(0)
-    x = torch.randn(3, 64)
-    net = qgraph.prepare(nn.Linear(64, 96), "W4", (x,))
+    x = torch.randn(3, layer.in_features)
+    net = qgraph.prepare(layer, config, (x,))
     build = exporter._build
 
     def build_or_complain(job, *args):
         built = build(job, *args)
         if job.options.float_kernels:
-            assert "MatMulNBits" in built.report.layers[0].form
+            assert kernel in built.report.layers[0].form
             raise WrongFile("rounded too much", shape_only=False, rounding=True)
         return built
 
     monkeypatch.setattr(exporter, "_build", build_or_complain)
-    report = export(net, tmp_path / "m.onnx", (x,), optimize_for="size")
-    assert report.layers[0].form == "unpacked bits4" and "rounded too much" in report.layers[0].notes[0]
+    report = export(net, tmp_path / "m.onnx", (x,), optimize_for=purpose)
+    assert report.layers[0].form == plain and "rounded too much" in report.layers[0].notes[0]
 
 
 @pytest.mark.parametrize(("push", "accepted"), [(3e-4, True), (0.1, False)])
