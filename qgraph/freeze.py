@@ -63,6 +63,8 @@ def freeze(prepared: nn.Module) -> nn.Module:
     model = copy.deepcopy(prepared).eval()
     for _, _, state in states(model):
         state.variants = [variant for variant in state.variants if not variant.training]
+        for variant in state.variants:  # no other graph can be made elsewhere, where a library has set its flags anew
+            variant.forget_globals(state.variants)
     kept = _kept(model)
     found = dict(_freezable(model, kept))
     replaced = {id(module): _frozen(model, module, parameter) for module, parameter in found.values()}

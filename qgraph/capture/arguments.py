@@ -280,10 +280,21 @@ class Values:
     def _from_module(self, tensor: Tensor) -> fx.Node:
         path = self._recorder.effects.own_name(tensor) or find_attribute(self._recorder.module, tensor)
         if path is None:
-            raise Unsupported("uses a tensor that neither this forward nor this module made")
+            return self._from_outside(tensor)
         node = self._get_attr(path, tensor)
         if path in self._recorder.module.__dict__:
             self._recorder.guard_text(f"self.{path} is not None")
+        self._known[id(tensor)] = _Known(tensor, node)
+        return node
+
+    def _from_outside(self, tensor: Tensor) -> fx.Node:
+        target = None if tensor.requires_grad else self._recorder.globals.source_of(tensor)
+        if target is None:
+            raise Unsupported("uses a tensor that neither this forward nor this module made")
+        with self.at_top():
+            node = self._graph.call_function(target)
+        node.meta["where"] = locate()[0]
+        _describe(node, tensor)
         self._known[id(tensor)] = _Known(tensor, node)
         return node
 

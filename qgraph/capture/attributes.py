@@ -24,10 +24,10 @@ from qgraph.graph import STATE
 if TYPE_CHECKING:
     from qgraph.capture.recorder import Recorder
 
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, range, torch.dtype, torch.device)
-_CONTAINERS = (list, tuple, dict, set, frozenset)
-_LARGEST = 64  # a container with more in it is compared by its length alone
-_DEEPEST = 3  # of objects and containers inside each other
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, range, torch.dtype, torch.device)
+CONTAINERS = (list, tuple, dict, set, frozenset)
+LARGEST = 64  # a container with more in it is compared by its length alone
+DEEPEST = 3  # of objects and containers inside each other
 _TABLES = ("_parameters", "_buffers", "_modules")
 _TORCH_OWN = frozenset({*nn.Module().__dict__, STATE, "_is_full_backward_hook", "_is_hf_initialized"}) - {"training"}
 # torch's own access to attributes reads `__dict__`, which is no interest of the forward's in all that is there.
@@ -83,7 +83,7 @@ class Held:
 
     def _same_contents(self, module: Any, own: dict[str, Any]) -> bool:
         for name, length in self.lengths.items():
-            if not isinstance(own.get(name), _CONTAINERS) or len(own[name]) != length:
+            if not isinstance(own.get(name), CONTAINERS) or len(own[name]) != length:
                 return False
         for table, names in self.names.items():
             now = own if table == "__dict__" else own[table]
@@ -134,16 +134,20 @@ class AttributeReads:
     def _note(self, module: nn.Module, name: str) -> None:
         own = object.__getattribute__(module, "__dict__")
         value, table = _find(own, type(module), name)
-        if is_traced(value) or (table == "class" and hasattr(value, "__get__")):  # a method, a property
+        if is_traced(value):
+            return
+        if callable(value) or hasattr(value, "__get__"):
+            self._recorder.globals.follow(value, type(module))
+        if table == "class" and hasattr(value, "__get__"):  # a method, a property
             return
         held = self._of(module)
         if held is None:
-            if STATE in own and isinstance(value, _CONSTANTS):
+            if STATE in own and isinstance(value, CONSTANTS):
                 self._recorder.fail(f"reads {name} of a {type(module).__name__} that is not its child")
             return
         written = self._written.get((id(module), name))
         if written is not None:
-            if not written and isinstance(value, _CONSTANTS):
+            if not written and isinstance(value, CONSTANTS):
                 self._recorder.fail(f"reads {'.'.join(('self', *held.path, name))}, which a child has set in this call")
             return
         if name in _TABLES:
@@ -152,7 +156,7 @@ class AttributeReads:
             held.absent.add(name)
         elif table in _TABLES:
             held.present[table, name] = value is not None
-        elif table == "own" or _is_constant(value):
+        elif table == "own" or is_constant(value):
             _keep(held, name, value)
 
     def _of(self, module: nn.Module) -> Held | None:
@@ -180,9 +184,9 @@ def _find(own: dict[str, Any], kind: type, name: str) -> tuple[Any, str]:
 def _keep(held: Held, name: str, value: Any) -> None:
     if isinstance(value, (Tensor, nn.Module)):
         held.present["", name] = True
-    elif _is_constant(value):
+    elif is_constant(value):
         held.constants[name] = copy.deepcopy(value)
-    elif isinstance(value, _CONTAINERS):
+    elif isinstance(value, CONTAINERS):
         held.lengths[name] = len(value)
     elif _is_plain_object(value):
         _keep_fields(held, (name,), value)
@@ -192,22 +196,22 @@ def _keep(held: Held, name: str, value: Any) -> None:
 
 def _keep_fields(held: Held, way: tuple[str, ...], value: Any) -> None:
     fields = value.__dict__.items()
-    held.settings[way] = {name: copy.deepcopy(item) for name, item in fields if _is_constant(item)}
+    held.settings[way] = {name: copy.deepcopy(item) for name, item in fields if is_constant(item)}
     for name, item in fields:
-        if len(way) < _DEEPEST and _is_plain_object(item):
+        if len(way) < DEEPEST and _is_plain_object(item):
             _keep_fields(held, (*way, name), item)
 
 
-def _is_constant(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, _CONSTANTS):
+def is_constant(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, CONSTANTS):
         return True
-    if not isinstance(value, _CONTAINERS) or len(value) > _LARGEST or depth >= _DEEPEST:
+    if not isinstance(value, CONTAINERS) or len(value) > LARGEST or depth >= DEEPEST:
         return False
-    return all(_is_constant(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value))
+    return all(is_constant(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 def _is_plain_object(value: Any) -> bool:
-    if isinstance(value, (*_CONSTANTS, *_CONTAINERS, Tensor, nn.Module, type)) or callable(value):
+    if isinstance(value, (*CONSTANTS, *CONTAINERS, Tensor, nn.Module, type)) or callable(value):
         return False
     return bool(getattr(value, "__dict__", None))
 

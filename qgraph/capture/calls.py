@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import operator
 import types
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgraph.capture.structure import Step
 from qgraph.sites import SiteCall
 
 SIZE_READS = frozenset({"size", "__len__", "numel", "nelement"})
@@ -123,16 +125,33 @@ class Rebuild:
 
 
 class Constant:
-    """A class or a function that a graph hands on, as a function of a graph."""
+    """A class, a function, or a tensor that stays the same, which a graph hands on, as a function of a graph."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
-        self.__name__ = f"the_{value.__name__}"
+        self.__name__ = f"the_{getattr(value, '__name__', 'constant')}"
         self.__module__ = __name__
         self.__qualname__ = self.__name__
 
     def __call__(self) -> Any:
         return self.value
+
+
+class Global:
+    """A tensor in the globals of one of Python's modules, read at each call, as a function of a graph."""
+
+    def __init__(self, place: tuple[str, tuple[Step, ...]]) -> None:
+        self.place = place
+        self._home = importlib.import_module(place[0])
+        self.__name__ = f"the_{place[1][-1].key}"
+        self.__module__ = __name__
+        self.__qualname__ = self.__name__
+
+    def __call__(self) -> Any:
+        value: Any = self._home
+        for step in self.place[1]:
+            value = step.get(value)
+        return value
 
 
 class Setter:

@@ -25,10 +25,13 @@ class GuardMiss(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """``source`` is Python text over the forward's arguments and `self`; `where` is the user's file and line."""
+    """``source`` is Python text over the forward's arguments, `self` and the globals of `modules`, Python's own;
+    `where` is the user's file and line.
+    """
 
     source: str
     where: str
+    modules: tuple[str, ...] = ()
 
 
 def check(value: Any, expected: Any, where: str, by_size: bool = True) -> None:

@@ -22,6 +22,7 @@ from qgraph.capture.arguments import Values
 from qgraph.capture.attributes import AttributeReads
 from qgraph.capture.counters import Counters
 from qgraph.capture.effects import Effects
+from qgraph.capture.globals import GlobalReads
 from qgraph.capture.guards import Guard, check, check_structure
 from qgraph.capture.modes import Modes
 from qgraph.capture.operands import OperandTracker
@@ -67,6 +68,7 @@ class Recorder(TorchFunctionMode):
         self.counters = Counters(self)
         self.reads = Reads(self)
         self.attributes = AttributeReads(self)
+        self.globals = GlobalReads(self)
         self.modes = Modes(self)
         self.guards: dict[str, Guard] = {}
         self.late_guards = 0
@@ -108,6 +110,7 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             bound = self._placeholders(names, args, kwargs)
         self._watch_module()
+        self.globals.begin(forward)
         self._rng = random_states()
         self.counters.show()
         try:
@@ -185,6 +188,7 @@ class Recorder(TorchFunctionMode):
         self.in_place = any(tensor._version != version for tensor, version in self._versions)
         self._check_random()
         self._check_lists()
+        self.globals.finish()
         if self.modes.left_switched:
             self.fail("switches gradients outside of a with block")
         self._flush()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.capture.calls import Apply, Constant, Rebuild, Setter
+from qgraph.capture.calls import Apply, Constant, Global, Rebuild, Setter
 
 _NAMESPACES = (
     "torch",
@@ -20,7 +20,7 @@ _NAMESPACES = (
     "builtins",
     "math",
 )
-_WRAPPERS: dict[str, Any] = {"apply": Apply, "rebuild": Rebuild, "constant": Constant}
+_WRAPPERS: dict[str, Any] = {"apply": Apply, "rebuild": Rebuild, "constant": Constant, "global": Global}
 RESERVED = ("self", "device", "torch", "inf", "nan", "NoneType")
 _META = ("where", "source", "parameter", "shape", "dtype", "holds_parameters", "qgraph")
 
@@ -102,6 +102,8 @@ def _dump_target(target: Any) -> Any:
         return ("rebuild", target.kind)
     if isinstance(target, Constant):
         return ("constant", target.value)
+    if isinstance(target, Global):
+        return ("global", target.place)
     if isinstance(target, torch._ops.OpOverload):
         return ("op", target._name, target._overloadname)
     if isinstance(target, torch._ops.OpOverloadPacket):

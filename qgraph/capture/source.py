@@ -12,10 +12,10 @@ from types import CodeType, FrameType
 
 import torch
 
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _PLUMBING = frozenset({contextlib.__file__, functools.__file__})
-_TORCH_LAYERS = os.path.join(_TORCH, "nn", "modules") + os.sep
+_TORCH_LAYERS = os.path.join(TORCH, "nn", "modules") + os.sep
 
 
 def locate() -> tuple[str, str | None]:
@@ -24,11 +24,11 @@ def locate() -> tuple[str, str | None]:
     named: FrameType | None = None
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.startswith(_HERE) and frame.f_code.co_name == "record_forward":
+        if path.startswith(HERE) and frame.f_code.co_name == "record_forward":
             # The caller's frames belong to the parent: they tell the line, not the variable.
             if named is None:
                 named = frame
-        elif not path.startswith((_HERE, _TORCH, "<")) and path not in _PLUMBING:
+        elif not path.startswith((HERE, TORCH, "<")) and path not in _PLUMBING:
             return f"{path}:{frame.f_lineno}", _assigned(named or frame)
         elif named is None and path.startswith(_TORCH_LAYERS) and frame.f_code.co_name != "_call_impl":
             named = frame
@@ -41,7 +41,7 @@ def raised_at(error: BaseException) -> str:
     found, step = "<unknown>:0", error.__traceback__
     while step is not None:
         path = step.tb_frame.f_code.co_filename
-        if not path.startswith((_HERE, _TORCH, "<")) and path not in _PLUMBING:
+        if not path.startswith((HERE, TORCH, "<")) and path not in _PLUMBING:
             found = f"{path}:{step.tb_lineno}"
         step = step.tb_next
     return found

@@ -125,7 +125,9 @@ def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def find_attribute(module: nn.Module, tensor: Tensor) -> str | None:
-    """The path under `module` by which a tensor is reached: a parameter, a buffer, an attribute or a list of them."""
+    """The path under `module` by which a tensor is reached: a parameter, a buffer, an attribute of its own or of its
+    class, or a list of them.
+    """
     for own in (module._parameters, module._buffers):
         for name, value in own.items():
             if value is tensor:
@@ -142,7 +144,8 @@ def find_attribute(module: nn.Module, tensor: Tensor) -> str | None:
             for name, value in (*child._parameters.items(), *child._buffers.items(), *child.__dict__.items()):
                 if value is tensor:
                     return f"{path}.{name}"
-    return None
+    shared = [name for base in type(module).__mro__ for name, value in vars(base).items() if value is tensor]
+    return shared[0] if shared else None
 
 
 def is_weight(module: nn.Module, path: str, tensor: Tensor) -> bool:

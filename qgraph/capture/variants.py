@@ -23,6 +23,7 @@ from torch import fx, nn
 from qgraph.capture.attributes import Held
 from qgraph.capture.calls import EAGER_ONLY, LEFT_TO_PYTHON, name_of
 from qgraph.capture.compiling import installed, left_to_python
+from qgraph.capture.globals import modules_named
 from qgraph.capture.guards import Guard, check_structure
 from qgraph.capture.names import python_code
 from qgraph.capture.structure import tensors_in
@@ -105,8 +106,19 @@ class Variant:
 
     def alike(self, other: Variant) -> bool:
         """Whether another one holds for the same calls."""
-        fields = ("names", "signature", "training", "held", "guards")
+        return self._alike_but_guards(other) and self.guards == other.guards
+
+    def _alike_but_guards(self, other: Variant) -> bool:
+        fields = ("names", "signature", "training", "held")
         return all(getattr(self, name) == getattr(other, name) for name in fields)
+
+    def forget_globals(self, others: list[Variant]) -> None:
+        """Hold whatever Python's globals are now, as long as that tells this variant from none of the others."""
+        kept = tuple(guard for guard in self.guards if not guard.modules)
+        alike = [other for other in others if other is not self and self._alike_but_guards(other)]
+        if kept != self.guards and not any(kept == tuple(g for g in o.guards if not g.modules) for o in alike):
+            self.guards = kept
+            self.compile()
 
     def function(self) -> Callable[..., Any]:
         """The graph as a Python function of (module, *arguments)."""
@@ -132,7 +144,7 @@ class Variant:
     def _compile_condition(self) -> Callable[..., bool]:
         arguments = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         source = f"lambda {', '.join(['self', *arguments])}: " + " and ".join(f"({g.source})" for g in self.guards)
-        names = {"torch": torch, "device": torch.device}
+        names = {"torch": torch, "device": torch.device, **modules_named(self.guards)}
         return left_to_python(eval(source, names))  # the text is our own, made of the forward's argument names
 
     def __getstate__(self) -> dict[str, Any]:
