@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import enum
 import functools
+from collections import deque
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from qgraph.capture.recorder import Recorder
 
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, range, torch.dtype, torch.device)
-CONTAINERS = (list, tuple, dict, set, frozenset)
+CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 LARGEST = 64  # a container with more in it is compared by its length alone
 DEEPEST = 3  # of objects and containers inside each other
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -138,6 +139,8 @@ class AttributeReads:
             return
         if callable(value) or hasattr(value, "__get__"):
             self._recorder.globals.follow(value, type(module))
+        if table == "own":
+            self._recorder.globals.watch(own, name)
         if table == "class" and hasattr(value, "__get__"):  # a method, a property
             return
         held = self._of(module)

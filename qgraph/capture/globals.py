@@ -12,58 +12,52 @@ import functools
 import gc
 import importlib
 import inspect
-import math
-import os
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qgraph.capture.attributes import CONSTANTS, CONTAINERS, DEEPEST, LARGEST, is_constant
+from qgraph.capture.attributes import CONTAINERS, is_constant
 from qgraph.capture.bytecode import Name, attributes_named, names_outside
 from qgraph.capture.calls import Constant, Global
+from qgraph.capture.contents import NOTHING, RANDOM, Same, by_user, conditions, contents, part_of, value_at
 from qgraph.capture.guards import Guard
-from qgraph.capture.source import HERE, TORCH
 from qgraph.capture.structure import Step
 
 if TYPE_CHECKING:
     from qgraph.capture.recorder import Recorder
 
 _MOST_FUNCTIONS = 64  # that a forward's code leads to
-_LIBRARY = os.path.dirname(os.__file__) + os.sep
-_OF_USERS = ("types", "argparse")  # of the standard library, where the objects are that users keep their own values in
-_LIBRARIES = frozenset({"torch", *sys.stdlib_module_names})
-_NOTHING = object()
+_CHANGING = (Iterator, set, deque, np.ndarray, *RANDOM)  # what may change without any attribute being set
+_FLAGS: dict[Any, tuple[str, ...]] = {  # what code may ask torch, and the questions
+    torch.is_grad_enabled: ("torch.is_grad_enabled()",),
+    torch.is_inference_mode_enabled: ("torch.is_inference_mode_enabled()",),
+    torch.is_autocast_enabled: ("torch.is_autocast_enabled('cpu')", "torch.is_autocast_enabled('cuda')"),
+    torch.get_autocast_dtype: ("torch.get_autocast_dtype('cpu')", "torch.get_autocast_dtype('cuda')"),
+    torch.get_default_dtype: ("torch.get_default_dtype()",),
+}
 
 
 @dataclass(slots=True)
 class _Met:
-    """What a name, and the steps that code takes from there, stood for when the forward began."""
+    """What a name, and the steps that code takes from there, stood for when the forward began.
+
+    `text`: for people; `guarded`: as a guard names it, None where it cannot; `modules`: of Python's, that it asks.
+    """
 
     names: Mapping[str, Any]
     steps: tuple[Step, ...]
     before: Any
-    module: str | None  # of Python's, whose globals they are, where a guard can name it
-    where: str
-
-    def __str__(self) -> str:
-        return f"{self.steps[0].key}{''.join(map(str, self.steps[1:]))}"
-
-
-class _Object:
-    """An object, compared by identity, and what it holds, compared by value."""
-
-    def __init__(self, value: Any, contents: Any = None) -> None:
-        self.value, self.contents = value, contents
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Object) and other.value is self.value and other.contents == self.contents
-
-    __hash__ = None  # type: ignore[assignment]
+    text: str
+    guarded: str | None = None
+    modules: tuple[str, ...] = ()
+    where: str = ""
 
 
 class GlobalReads:
@@ -82,61 +76,97 @@ class GlobalReads:
     def finish(self) -> None:
         """The forward is through: what it changed costs the graph; what it took for a constant becomes a guard."""
         for met in self._met.values():
-            now = _value(met.names, met.steps)
-            if _described(now) != met.before:
-                self._recorder.fail(f"changes {met}, which is outside of the model")
-            elif met.module is not None:
-                for condition in _conditions(f"{_alias(met.module)}.{met}", now):
-                    self._recorder.guards.setdefault(condition, Guard(condition, met.where, (met.module,)))
+            now = value_at(met.names, met.steps)
+            if contents(now) != met.before:
+                self._recorder.fail(f"changes {met.text}")
+            elif met.guarded is not None:
+                for condition in conditions(met.guarded, now):
+                    self._guard(condition, met.where, met.modules)
+
+    def watch(self, own: dict[str, Any], name: str) -> None:
+        """An attribute of a module that the forward reads: it may hold what changes without being set."""
+        if isinstance(own[name], _CHANGING):
+            self._keep(_Met(own, (Step(False, name),), contents(own[name]), f"self.{name} in forward"))
 
     def source_of(self, tensor: Tensor) -> Any:
         """What gives a tensor that no module holds, as a function of a graph: a global, or a constant, which a variable
         around the forward is, and what a function with `functools.lru_cache` has returned; None for others.
         """
         for met in self._met.values():
-            if met.before == _Object(tensor):
-                if met.module is None:
+            if met.before == Same(tensor):
+                if not met.modules:
                     return Constant(tensor)
-                return Global((met.module, (Step(True, met.steps[0].key), *met.steps[1:])))
+                return Global((met.modules[0], (Step(True, met.steps[0].key), *met.steps[1:])))
         return Constant(tensor) if any(_remembers(memo, tensor) for memo in self._memos) else None
 
     def follow(self, value: Any, kind: type) -> None:
-        """The same for what is about to be called; `kind`, whose methods its code may call."""
+        """The same as `begin` for what is about to be called; `kind`, whose methods its code may call."""
         for layer in _layers(value):
             if isinstance(layer, functools._lru_cache_wrapper):
                 self._memos.append(layer)
             if isinstance(layer, FunctionType) and layer.__code__ not in self._codes:
-                cells = dict(zip(layer.__code__.co_freevars, layer.__closure__ or (), strict=True))
-                self._visit(layer.__code__, layer.__globals__, cells, kind)
+                self._visit(layer, kind)
 
-    def _visit(self, code: CodeType, names: dict[str, Any], cells: dict[str, CellType], kind: type) -> None:
-        if len(self._codes) >= _MOST_FUNCTIONS or not _by_user(code.co_filename):
+    def _visit(self, function: FunctionType, kind: type) -> None:
+        code = function.__code__
+        if len(self._codes) >= _MOST_FUNCTIONS or not by_user(code.co_filename):
             return
         self._codes.add(code)
+        where = f"{code.co_filename}:{code.co_firstlineno}"
+        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         for name in names_outside(code):
-            if not name.enclosed or name.name in cells:
-                self._keep(name, cells if name.enclosed else names, code, kind)
+            if not name.enclosed:
+                self._global(name, function.__globals__, where, kind)
+            elif name.name in cells:
+                self._outside(name, cells, where, kind)
         for attribute in attributes_named(code):
             for base in kind.__mro__:
                 self.follow(base.__dict__.get(attribute), kind)
+            self._of_class(attribute, where, kind)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if isinstance(value, CONTAINERS):
+                text = "the default of an argument"
+                self._keep(_Met({text: value}, (Step(False, text),), contents(value), text))
 
-    def _keep(self, name: Name, names: dict[str, Any], code: CodeType, kind: type) -> None:
-        if not name.enclosed and name.name not in names and hasattr(builtins, name.name):
+    def _global(self, name: Name, names: dict[str, Any], where: str, kind: type) -> None:
+        if name.name not in names and hasattr(builtins, name.name):
             return
-        steps = [Step(False, name.name)]
-        value = _value(names, steps)
+        for question in _FLAGS.get(_of_torch(names, name), ()):
+            self._guard(f"{question} == {eval(question, {'torch': torch})!r}", where)
+        self._outside(name, names, where, kind)
+
+    def _outside(self, name: Name, names: Mapping[str, Any], where: str, kind: type) -> None:
+        steps: tuple[Step, ...] = (Step(False, name.name),)
+        value = value_at(names, steps)
         for step in name.steps:
-            part = _part(value, step)
-            if part is _NOTHING:  # a method, or not there: all of the object may matter
+            part = part_of(value, step)
+            if part is NOTHING:  # a method, or not there: all of the object may matter
                 self.follow(inspect.getattr_static(value, str(step.key), None), kind)
                 break
-            value = part
-            steps.append(step)
+            value, steps = part, (*steps, step)
         self.follow(value, kind)
-        if not isinstance(value, ModuleType):
-            where = f"{code.co_filename}:{code.co_firstlineno}"
-            met = _Met(names, tuple(steps), _described(value), None if name.enclosed else _module_of(names), where)
-            self._met.setdefault((id(names), str(met)), met)
+        if isinstance(value, ModuleType):
+            return
+        text = f"{name.name}{''.join(map(str, steps[1:]))}"
+        home = None if name.enclosed else _home(names)
+        guarded = None if home is None else f"{_alias(home)}.{text}"
+        modules = () if home is None else (home,)
+        text += ", which is outside of the model"
+        self._keep(_Met(names, steps, contents(value), text, guarded, modules, where))
+
+    def _of_class(self, name: str, where: str, kind: type) -> None:
+        """A constant of the module's class, which code may read by its type."""
+        value = inspect.getattr_static(kind, name, NOTHING)
+        if is_constant(value) and not hasattr(nn.Module, name):
+            steps = (Step(False, "class"), Step(True, name))
+            text = f"{name} of the class"
+            self._keep(_Met({"class": kind}, steps, contents(value), text, f"type(self).{name}", (), where))
+
+    def _keep(self, met: _Met) -> None:
+        self._met.setdefault((id(met.names), met.text), met)
+
+    def _guard(self, condition: str, where: str, modules: tuple[str, ...] = ()) -> None:
+        self._recorder.guards.setdefault(condition, Guard(condition, where, modules))
 
 
 def modules_named(guards: tuple[Guard, ...]) -> dict[str, ModuleType]:
@@ -148,10 +178,20 @@ def _alias(module: str) -> str:
     return f"__{module.replace('.', '__')}"  # the name of no argument
 
 
-def _module_of(names: Mapping[str, Any]) -> str | None:
+def _home(names: Mapping[str, Any]) -> str | None:
     """The name of the module of Python's that has these globals."""
     name = names.get("__name__")
     return name if isinstance(name, str) and getattr(sys.modules.get(name), "__dict__", None) is names else None
+
+
+def _of_torch(names: dict[str, Any], name: Name) -> Any:
+    """The function of torch that a name and the steps after it lead to, if they do."""
+    value = names.get(name.name)
+    for step in name.steps:
+        if not isinstance(value, ModuleType) or value.__name__.partition(".")[0] != "torch":
+            break
+        value = getattr(value, step.key, None)
+    return value if inspect.isbuiltin(value) or isinstance(value, FunctionType) else None
 
 
 def _layers(value: Any) -> Iterator[Any]:
@@ -172,94 +212,6 @@ def _remembers(memo: Any, tensor: Tensor) -> bool:
     """Whether a function with `functools.lru_cache` has returned a tensor, by itself or among others."""
     held = gc.get_referents(memo)
     for _ in range(2):
-        held += [item for value in held if isinstance(value, CONTAINERS) for item in _items(value)]
+        inner = [value for value in held if isinstance(value, CONTAINERS)]
+        held += [item for value in inner for item in (value.values() if isinstance(value, dict) else value)]
     return any(item is tensor for item in held)
-
-
-def _items(value: Any) -> list[Any]:
-    return list(value.values() if isinstance(value, dict) else value)
-
-
-def _by_user(file: str) -> bool:
-    """Whether code is neither ours nor torch's nor the standard library's."""
-    return not file.startswith((HERE, TORCH, "<frozen")) and (not file.startswith(_LIBRARY) or "-packages" in file)
-
-
-def _value(names: Mapping[str, Any], steps: Any) -> Any:
-    """What a name and the steps after it stand for now."""
-    try:
-        value = names.get(steps[0].key, _NOTHING)
-        value = value.cell_contents if isinstance(value, CellType) else value
-        for step in steps[1:]:
-            value = step.get(value)
-        return value
-    except (AttributeError, LookupError, TypeError, ValueError):
-        return _NOTHING
-
-
-def _part(value: Any, step: Step) -> Any:
-    """A part of an object that users keep values in; no method, and no property, whose code would run."""
-    if not step.attribute:
-        holds = isinstance(value, (dict, list, tuple)) and is_constant(step.key)
-        return _value({"": value}, (Step(False, ""), step)) if holds else _NOTHING
-    if isinstance(value, ModuleType):
-        return vars(value).get(step.key, _NOTHING) if _by_user(getattr(value, "__file__", None) or HERE) else _NOTHING
-    if not isinstance(value, type) and not _is_object(value):
-        return _NOTHING
-    part = inspect.getattr_static(value, step.key, _NOTHING)
-    return _NOTHING if hasattr(part, "__get__") else part
-
-
-def _is_object(value: Any) -> bool:
-    """Whether a value is a plain object of a user's; a class of the standard library or torch has its own affairs."""
-    if isinstance(value, (*CONSTANTS, *CONTAINERS, Tensor, nn.Module, type)) or callable(value):
-        return False
-    home = type(value).__module__.partition(".")[0]
-    return hasattr(value, "__dict__") and (home in _OF_USERS or home not in _LIBRARIES)
-
-
-def _described(value: Any, depth: int = 0) -> Any:
-    """What can be compared later to tell whether a value, or what it holds, has changed."""
-    if isinstance(value, CONSTANTS):
-        return type(value), value
-    if isinstance(value, CONTAINERS):
-        if len(value) > LARGEST or depth >= DEEPEST:
-            return _Object(value, len(value))
-        items = [part for item in value.items() for part in item] if isinstance(value, dict) else list(value)
-        return _Object(value, [_described(item, depth + 1) for item in items])
-    if _is_object(value) and depth < DEEPEST:
-        return _Object(value, {name: _described(item, depth + 1) for name, item in vars(value).items()})
-    return _Object(value)
-
-
-def _conditions(text: str, value: Any, depth: int = 0) -> Iterator[str]:
-    """What has to hold of an expression for a graph that took its value for a constant."""
-    if value is None:
-        yield f"{text} is None"
-    elif isinstance(value, Tensor):
-        yield f"isinstance({text}, torch.Tensor)"
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"str({text}) == {str(value)!r}"
-    elif type(value) in (bool, int, float):
-        yield f"type({text}) is {type(value).__name__} and {text} == {value!r}"
-    elif _printable(value):
-        yield f"{text} == {value!r}"
-    elif isinstance(value, CONTAINERS):
-        if any(isinstance(item, Tensor) for item in _items(value)):
-            yield f"len({text}) == {len(value)}"  # of registries, which grow as code is imported, nothing is taken
-    elif _is_object(value) and depth < DEEPEST:
-        for name, item in vars(value).items():
-            if name.isidentifier():
-                yield from _conditions(f"{text}.{name}", item, depth + 1)
-
-
-def _printable(value: Any) -> bool:
-    """Whether a constant is what its text says."""
-    if isinstance(value, dict):
-        value = [part for item in value.items() for part in item]
-    elif isinstance(value, CONTAINERS):
-        value = list(value)
-    if isinstance(value, list):
-        return len(value) <= LARGEST and all(map(_printable, value))
-    kinds = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device)
-    return type(value) in kinds and value == value and "inf" not in repr(value)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
+import itertools
 import pickle
+import random
+import threading
 import types
+from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +25,9 @@ TABLE: dict[str, float] = {"k": 1.0}
 SETTINGS = types.SimpleNamespace(alpha=1.0, step=0)
 MAPS: list[Any] = []
 LAST: Any = None
+STRENGTH = ContextVar("STRENGTH", default=1.0)
+LOCAL = threading.local()
+LOCAL.strength = 1.0
 
 
 class Options:
@@ -107,7 +116,24 @@ class ByChild(_Layer):
         return self.child._scaled(self.fc(x))
 
 
-READERS = [ByNumber, ByFlag, ByKey, ByAttribute, ByClass, ByFunction, ByMethod, ByArgument, ByChild]
+class ByType(_Layer):
+    strength = 1.0
+
+    def forward(self, x):
+        return self.fc(x) * type(self).strength
+
+
+class ByContext(_Layer):
+    def forward(self, x):
+        return self.fc(x) * STRENGTH.get()
+
+
+class ByThread(_Layer):
+    def forward(self, x):
+        return self.fc(x) * LOCAL.strength
+
+
+READERS = [ByNumber, ByFlag, ByKey, ByAttribute, ByClass, ByFunction, ByMethod, ByArgument, ByChild, ByType, ByThread]
 
 
 def _change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +143,8 @@ def _change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SETTINGS, "alpha", 2.0)
     monkeypatch.setattr(Options, "gain", 2.0)
     monkeypatch.setattr(OPTIONS, "alpha", 2.0)
+    monkeypatch.setattr(ByType, "strength", 2.0)
+    monkeypatch.setattr(LOCAL, "strength", 2.0)
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -134,6 +162,43 @@ def test_a_global_that_changes_changes_the_outputs(kind, compiled, monkeypatch):
             for _ in range(2):
                 assert torch.equal(run(x), model(x))
     assert len({tuple(run(x).flatten().tolist()) for _ in range(2)}) == 1
+
+
+def test_a_context_variable_that_changes_changes_the_outputs():
+    model, x = ByContext(), torch.randn(3, 4)
+    prepared = qgraph.prepare(copy.deepcopy(model), "W4", (x,))
+    with qgraph.disabled(prepared):
+        for strength in (1.0, 2.0, 1.0):
+            token = STRENGTH.set(strength)
+            assert torch.equal(prepared(x), model(x)) and torch.equal(prepared(x), strength * model.fc(x))
+            STRENGTH.reset(token)
+
+
+class ByMode(_Layer):
+    def forward(self, x):
+        h = self.fc(x)
+        if torch.is_grad_enabled():
+            h = 2 * h
+        if torch.is_inference_mode_enabled():
+            h = 3 * h
+        return 5 * h if torch.is_autocast_enabled("cpu") else h
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mode_that_the_forward_asks_for_is_a_guard(compiled):
+    model, x = ByMode(), torch.randn(3, 4)
+    prepared = qgraph.prepare(copy.deepcopy(model), "W4", (x,))
+    torch._dynamo.reset()
+    run = torch.compile(prepared, backend="eager") if compiled else prepared
+    with qgraph.disabled(prepared):
+        for _ in range(2):
+            assert torch.equal(run(x), model(x))
+            with torch.no_grad():
+                assert torch.equal(run(x), model(x))
+            with torch.inference_mode():
+                assert torch.equal(run(x), model(x))
+            with torch.autocast("cpu"):
+                assert torch.equal(run(x), model(x))
 
 
 def test_each_value_has_a_graph_of_its_own_and_what_is_not_read_costs_none(monkeypatch):
@@ -252,6 +317,85 @@ def test_a_frozen_model_keeps_its_graphs_where_globals_differ(monkeypatch):
     expected = alone(x)
     monkeypatch.setitem(globals(), "SCALE", 2.0)
     assert torch.allclose(alone(x), expected)
+
+
+class ToDefault(_Layer):
+    def forward(self, x, calls=[]):  # noqa: B006
+        calls.append(0)
+        return self.fc(x) * len(calls)
+
+
+class ToIterator(_Layer):
+    def __init__(self):
+        super().__init__()
+        self.state = itertools.count()
+
+    def forward(self, x):
+        return self.fc(x) * next(self.state)
+
+
+class ToSet(_Layer):
+    def __init__(self):
+        super().__init__()
+        self.state: set[int] = set()
+
+    def forward(self, x):
+        self.state.add(len(self.state))
+        return self.fc(x) * len(self.state)
+
+
+class ToQueue(_Layer):
+    def __init__(self):
+        super().__init__()
+        self.state: Any = collections.deque(maxlen=20)
+
+    def forward(self, x):
+        self.state.append(self.fc(x).detach())
+        return self.state[-1] * len(self.state)
+
+
+class ToArray(_Layer):
+    def __init__(self):
+        super().__init__()
+        self.state = np.zeros(2)
+
+    def forward(self, x):
+        self.state[0] += 1
+        return self.fc(x) * float(self.state[0])
+
+
+class ToRandom(_Layer):
+    def __init__(self):
+        super().__init__()
+        self.state = random.Random(0)
+
+    def forward(self, x):
+        return self.fc(x) * self.state.random()
+
+
+class ToGenerator(_Layer):
+    def __init__(self):
+        super().__init__()
+        self.state = np.random.default_rng(0)
+
+    def forward(self, x):
+        return self.fc(x) * float(self.state.random())
+
+
+@pytest.mark.parametrize("kind", [ToDefault, ToIterator, ToSet, ToQueue, ToArray, ToRandom, ToGenerator])
+def test_what_changes_without_being_set_changes_at_every_call(kind):
+    model, x = kind(), torch.randn(3, 4)
+    prepared = qgraph.prepare(copy.deepcopy(model), "W4", (x,))
+    (opaque, *_) = qgraph.inspect(prepared).coverage.opaque
+    assert opaque.reason in ("changes self.state in forward", "changes the default of an argument")
+    defaults = ToDefault.forward.__defaults__[0]
+    outputs, state = [], copy.deepcopy(vars(prepared).get("state"))
+    for run in (prepared, model):
+        run.state = copy.deepcopy(state)
+        defaults.clear()
+        with qgraph.disabled(prepared):
+            outputs.append([run(x) for _ in range(3)])
+    assert all(map(torch.equal, *outputs)) and not torch.equal(outputs[0][0], outputs[0][1])
 
 
 MEAN = torch.tensor([1.0, 2.0, 3.0, 4.0])
