@@ -143,17 +143,19 @@ def _plans(job: Job, dynamic_shapes: Any) -> Iterator[ShapePlan]:
 
     if dynamic_shapes is None:
         return candidate_plans(tensors, job.flat.inputs.names, run)
-    return iter([given_plan(job.flat.inputs, dynamic_shapes, run)])
+    plan = given_plan(job.flat.inputs, dynamic_shapes, run)
+    return iter([plan] if plan.larger is None else [plan, replace(plan, traces_larger=True)])
 
 
 def _first_that_works(
     job: Job, plans: Iterator[ShapePlan], folder: Path, path: Path, verify: bool, given: bool
 ) -> _Built:
-    """Build with the first plan; go to a less dynamic one if tracing specialises a size, or the file is
-    wrong at the second shape.
+    """Build with the first plan; go to the next if tracing specialises a size or the file is wrong at a second shape:
+    a less dynamic one, or for sizes that are `given` one that is traced at others.
 
     Where a captured graph holds for the example's sizes alone, the modules' own Python is traced.
     """
+    refused: ExportError | None = None
     for plan in plans:
         found: tuple[ExportError, str] | None = None
         final = False
@@ -163,7 +165,7 @@ def _first_that_works(
                     collect_again(job, python)
                 return _build_exactly(job, plan, folder, path, verify)
             except WrongFile as error:
-                if not (error.shape_only or python):
+                if not (error.shape_only or python or plan.traces_larger):
                     raise
                 found = found or (error, "the file was wrong at another size")
             except CalibrationError:  # a use that in graphs shares another's range
@@ -172,10 +174,14 @@ def _first_that_works(
                 found = found or (error.explained, "torch.export made it a constant")
                 final = error.final
         assert found is not None
-        if not any(plan.dims) or given or final:
-            raise found[0]
+        refused = refused or found[0]
+        if not any(plan.dims) or final:
+            raise refused
+        if given:
+            continue
         job.notes.append(f"not dynamic: {'; '.join(plan.describe(job.flat.inputs.names))} ({found[1]})")
-    raise AssertionError("the last plan is static and either works or raises")
+    assert refused is not None, "there is a plan, and it works or fails"
+    raise refused
 
 
 def _build_exactly(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -> _Built:

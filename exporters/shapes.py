@@ -26,7 +26,8 @@ class ShapePlan:
 
     `dims` holds one dict per input; `second` is the example with every dynamic size changed (None when all is
     static) and `reference` is what torch answers on it. `larger` is another, with its answer, of sizes that were asked
-    for: twice the example's, since one pixel more makes no further patch.
+    for: twice the example's, since one pixel more makes no further patch. `traces_larger`: by those it is traced, for a
+    model that does less at the example's own.
     """
 
     dims: tuple[Dims, ...]
@@ -34,6 +35,7 @@ class ShapePlan:
     reference: tuple[Tensor, ...] | None = None
     limits: tuple[tuple[str, int | None, int | None], ...] = ()
     larger: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+    traces_larger: bool = False
 
     def describe(self, names: Sequence[str]) -> tuple[str, ...]:
         """``x: 0=batch, 1=sequence`` per input that has a dynamic dimension."""
@@ -146,6 +148,8 @@ def given_plan(inputs: FlatInputs, dynamic_shapes: Any, run: Run) -> ShapePlan:
 
 def tracing_example(plan: ShapePlan, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The example to trace with: torch.export takes a size of 0 or 1 for a constant, so not that one."""
+    if plan.traces_larger and plan.larger is not None:
+        return plan.larger[0]
     small = any(tensor.shape[dim] < 2 for tensor, dims in zip(tensors, plan.dims, strict=True) for dim in dims)
     return plan.second if small and plan.second is not None else tensors
 

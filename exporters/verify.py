@@ -38,6 +38,10 @@ ROUNDING = 1e-3  # more than this is no rounding of float32 sums
 CHAIN = 0.5  # a run with flips may differ so much, of the largest output, if its every stretch is proven equal
 
 
+_OTHER_FORMS = "try target='standard' or leave that layer out with a rule, and report it"
+_OTHER_SIZES = "name fewer dimensions in dynamic_shapes, or pass an example of the sizes that the file is for"
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """Inputs and torch's answer; `resized` where their sizes are not those that the file was made from."""
@@ -184,8 +188,7 @@ class Verifier:
                 f"export: the file does not compute what the model does: {where}, the first layer that "
                 f"differs is {layer}: {what}; the outputs "
                 f"differ by {difference:.1e}, expected at most {TOLERANCE:.0e} of the largest one; no file "
-                "was written; try target='standard' or "
-                "leave that layer out with a rule, and report it",
+                f"was written; {_OTHER_SIZES if example.resized else _OTHER_FORMS}",
                 shape_only=example.resized,
                 rounding=difference < ROUNDING,
             )

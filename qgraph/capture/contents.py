@@ -81,7 +81,8 @@ def conditions(text: str, value: Any, depth: int = 0) -> Iterator[str]:
         if any(isinstance(item, Tensor) for item in _items(value)):
             yield f"len({text}) == {len(value)}"  # of registries, which grow as code is imported, nothing is taken
     elif isinstance(value, ContextVar):
-        yield from conditions(f"{text}.get(None)", value.get(None), depth)
+        for condition in conditions(f"{text}.get(None)", value.get(None), depth):
+            yield f"torch.compiler.is_compiling() or {condition}"  # the compiler cannot read it
     elif is_object(value) and depth < DEEPEST:
         for name, item in vars(value).items():
             if name.isidentifier():

@@ -456,11 +456,35 @@ class Patches(nn.Module):
         return self.head((x + places).flatten(2).transpose(1, 2)).mean(1)
 
 
-def test_sizes_that_were_asked_for_are_checked_at_twice_the_example_too(tmp_path):
+def test_sizes_that_were_asked_for_are_traced_where_the_example_takes_a_branch_of_its_own(tmp_path):
     torch.manual_seed(0)
     image = torch.randn(2, 3, 16, 16)
     prepared = qgraph.prepare(Patches(), "W4", (image,)).eval()
     shapes = {"image": {2: "height", 3: "width"}}
-    with pytest.raises(ExportError, match="on twice the sizes"):  # the trace took the branch of the example
-        qgraph.export(prepared, tmp_path / "m.onnx", (image,), dynamic_shapes=shapes, progress=False)
+    report = qgraph.export(prepared, tmp_path / "m.onnx", (image,), dynamic_shapes=shapes, progress=False)
+    assert any("twice the sizes" in run for run in report.verified)
+    for height, width in ((16, 16), (32, 32), (24, 40)):
+        other = torch.randn(2, 3, height, width)
+        (found,) = run(tmp_path / "m.onnx", image=other)
+        torch.testing.assert_close(torch.from_numpy(found), prepared(other).detach(), atol=1e-5, rtol=1e-4)
+
+
+class Special(nn.Module):
+    """At the sizes of the example something else is computed: no file can do both."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.head(x)
+        return 2 * h if x.shape[1] // 8 == 1 else h
+
+
+def test_sizes_that_were_asked_for_are_checked_at_twice_the_example_too(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4)
+    prepared = qgraph.prepare(Special(), "W4", (x,)).eval()
+    with pytest.raises(ExportError, match=r"on twice the sizes.*name fewer dimensions"):
+        qgraph.export(prepared, tmp_path / "m.onnx", (x,), dynamic_shapes={"x": {1: "length"}}, progress=False)
     assert not list(tmp_path.iterdir())
