@@ -148,14 +148,20 @@ class Replay:
         self.bytes = sum(self._storages_of(self._roots).values())
 
     @contextlib.contextmanager
-    def until(self, changed: Collection[nn.Module]) -> Iterator[None]:
-        """Give inside what was kept, up to the first call of a module that holds one of these quantizers."""
+    def until(self, changed: Collection[nn.Module], calls: int | None = None) -> Iterator[Callable[[], float]]:
+        """Give inside what was kept, up to the first call of a module that holds one of these quantizers; where a
+        number of calls is given, run that many of the model's and give the outputs of the others as they were kept.
+
+        Yields a function: how many times as many calls there were as have been run.
+        """
         if not self._roots:
-            yield
+            yield lambda: 1.0
             return
-        run = _Run(self._roots, self._holders(changed))
+        total = len(self._roots)
+        sample = range(total) if calls is None else {(2 * i + 1) * total // (2 * calls) for i in range(calls)}
+        run = _Run(self._roots, self._holders(changed), sample)
         with intercepted(self._modules, run.call):
-            yield
+            yield lambda: total / max(1, total - run.skipped)
 
     def _first_use(self, changed: Collection[nn.Module]) -> int:
         """Where in the first outermost call the quantizers are first used."""
@@ -277,8 +283,9 @@ class _Forward:
 class _Run:
     """One evaluation beside the recorded one, as long as it makes the same calls."""
 
-    def __init__(self, roots: list[_Call], holders: set[str]) -> None:
-        self.roots, self.holders = roots, holders
+    def __init__(self, roots: list[_Call], holders: set[str], sample: Collection[int]) -> None:
+        self.roots, self.holders, self.sample = roots, holders, sample
+        self.skipped = 0  # outermost calls that did not run, for they are not in the sample
         self.next = 0  # of the outermost calls
         self.cut = 0
         self.stack: list[list[_Call]] = []  # of each call that is running, the calls that it is still to make
@@ -286,8 +293,11 @@ class _Run:
     def call(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with torch._C.DisableTorchFunction():
             recorded = self._recorded(path, args, kwargs)
-        if recorded is not None and recorded.end < self.cut and recorded.output is not None:
-            return recorded.output.rebuilt()
+        if recorded is not None and recorded.output is not None:
+            unwanted = not self.stack and self.next - 1 not in self.sample
+            self.skipped += unwanted
+            if unwanted or recorded.end < self.cut:
+                return recorded.output.rebuilt()
         self.stack.append([] if recorded is None else recorded.inside[::-1])
         try:
             return forward(*args, **kwargs)

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgraph
 from qgraph.errors import InspectError
@@ -264,6 +265,49 @@ def test_only_those_that_the_gradient_ranks_first_are_evaluated(how):
     assert found.cached.endswith("not evaluated, behind by gradient: " + ", ".join(order[2:]))
 
 
+class Convolutions(TorchDispatchMode):
+    """Counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["quantized", "float"])
+def test_a_sample_of_the_calls_estimates_the_costs(how, tmp_path):
+    torch.manual_seed(0)
+    model = CNN().eval()
+    batches = [torch.randn(4, 3, 16, 16) for _ in range(6)]
+    prepared = qgraph.prepare(model, "W2", (batches[0],))
+    with torch.no_grad():
+        wanted = [model(x) for x in batches]
+
+    def evaluate(m, chosen=range(6)):
+        m.eval()
+        with torch.no_grad():
+            return sum(F.mse_loss(m(x), y) for i, (x, y) in enumerate(zip(batches, wanted, strict=True)) if i in chosen)
+
+    rank = functools.partial(qgraph.sensitivity, prepared, evaluate, how=how, lower_is_better=True)
+    with Convolutions() as all_calls:
+        whole = rank()
+    with Convolutions() as two_calls:
+        sampled = rank(calls=2, resume=tmp_path / "scores.json")
+    assert two_calls.count < all_calls.count
+    assert "by 2 of the calls" in sampled.cached
+    assert (sampled.float_score, sampled.quantized_score) == (whole.float_score, whole.quantized_score)
+    by_hand = qgraph.sensitivity(prepared, functools.partial(evaluate, chosen=(1, 4)), how=how, lower_is_better=True)
+    for estimate, part in zip(sampled.layers, by_hand.layers, strict=True):
+        assert estimate.name == part.name and estimate.cost == pytest.approx(3 * part.cost, rel=1e-4)
+    for row, same in zip(rank(calls=6).layers, whole.layers, strict=True):
+        assert row.name == same.name and row.cost == pytest.approx(same.cost, rel=1e-4)
+    assert rank(calls=2, resume=tmp_path / "scores.json").layers == sampled.layers
+    assert [row.name for row in rank(resume=tmp_path / "scores.json").layers] == [row.name for row in whole.layers]
+
+
 def test_wrong_use_of_the_gradient_is_said():
     model, inputs = CNN(), (torch.randn(4, 3, 16, 16),)
     prepared = qgraph.prepare(model, "W2", inputs)
@@ -272,6 +316,10 @@ def test_wrong_use_of_the_gradient_is_said():
         gradient(loss=lambda m, b: m(*b).sum(), resume="scores.json")
     with pytest.raises(InspectError, match=r"Leave first= out"):
         gradient(loss=lambda m, b: m(*b).sum(), first=3)
+    with pytest.raises(InspectError, match=r"Leave calls= out"):
+        gradient(loss=lambda m, b: m(*b).sum(), calls=3)
+    with pytest.raises(InspectError, match=r"found calls=0. Expected a number of calls"):
+        qgraph.sensitivity(prepared, lambda m: 1.0, calls=0)
     with pytest.raises(InspectError, match=r"found first=0. Expected a number of layers"):
         qgraph.sensitivity(prepared, lambda m: 1.0, first=0)
     with pytest.raises(InspectError, match=r"needs loss=.* and batches="):
