@@ -20,6 +20,7 @@ import onnx_ir as ir
 from qgraph.errors import ExportError
 
 EXTERNAL_ABOVE = 2**31 - 2**24  # protobuf's limit, less room for the nodes
+STREAMED_ABOVE = 2**20  # bytes of a weight that is written by itself
 
 
 @contextlib.contextmanager
@@ -69,13 +70,59 @@ def save(model: ir.Model, path: Path) -> None:
         if size > EXTERNAL_ABOVE:
             ir.save(model, path, external_data=f"{path.name}.data")
         else:
-            proto = ir.to_proto(model)
-            _shorten_numbers(proto.graph)
-            onnx.save(proto, str(path))
+            _write(model, path)
         for part in _parts(path):
             _sync(part)
     except OSError as error:
         raise _failed(path.name, error) from error
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    """The model as one protobuf, its large weights written one by one: whole it would be in memory thrice."""
+    held = {name: value.const_value for name, value in model.graph.initializers.items()}
+    large = {name: tensor for name, tensor in held.items() if tensor is not None and tensor.nbytes >= STREAMED_ABOVE}
+    try:
+        for name in large:
+            model.graph.initializers[name].const_value = ir.tensor(np.empty(0, np.uint8), name=name)
+        proto = ir.to_proto(model)
+    finally:
+        for name, tensor in large.items():
+            model.graph.initializers[name].const_value = tensor
+    for place in reversed([i for i, tensor in enumerate(proto.graph.initializer) if tensor.name in large]):
+        del proto.graph.initializer[place]
+    _shorten_numbers(proto.graph)
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    heads = {name: _before_content(tensor, name) for name, tensor in large.items()}
+    size = len(graph) + sum(
+        len(head) + tensor.nbytes for head, tensor in zip(heads.values(), large.values(), strict=True)
+    )
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString() + _field(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph)
+        for name, tensor in large.items():
+            file.write(heads[name])
+            tensor.tofile(file)
+
+
+def _before_content(tensor: ir.TensorProtocol, name: str) -> bytes:
+    """What stands in a graph before the bytes of one of its initializers."""
+    described = onnx.TensorProto(name=name, dims=tensor.shape.numpy(), data_type=tensor.dtype.value).SerializeToString()
+    inside = described + _field(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, tensor.nbytes)
+    return _field(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(inside) + tensor.nbytes) + inside
+
+
+def _field(number: int, size: int) -> bytes:
+    """What protobuf writes before so many bytes of a field."""
+    return b"".join(_varint(value) for value in (number << 3 | 2, size))
+
+
+def _varint(value: int) -> bytes:
+    """A whole number, seven bits a byte, the lowest first."""
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])
 
 
 def _shorten_numbers(graph: onnx.GraphProto) -> None:

@@ -156,7 +156,7 @@ def test_an_existing_file_survives(net, tmp_path, monkeypatch, error, at):
         raise error
 
     if at == "save":
-        monkeypatch.setattr(write.onnx, "save", fail)
+        monkeypatch.setattr(write.os, "fsync", fail)
     else:
         monkeypatch.setattr(write.os, "replace", fail)
     with pytest.raises(ExportError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
