@@ -341,6 +341,41 @@ def test_coverage_counts_graphs_and_misses():
     assert (found.sites, found.sites_quantized, found.guard_misses) == (2, 2, 0)
 
 
+class Unfit(nn.Module):
+    """Weights that are no real numbers: of a complex product, of a complex layer, a table of whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.spectral = (
+            nn.Parameter(torch.randn(16, 6, dtype=torch.cfloat)),
+            nn.Linear(6, 6, dtype=torch.cfloat),
+        )
+        self.table = nn.Parameter(torch.randint(0, 9, (7, 2)), requires_grad=False)
+        self.fc, self.python = nn.Linear(6, 3), False
+
+    def forward(self, x):
+        if self.python and float(x.sum()) > 1e9:
+            return x
+        rows = F.embedding(x[:, 0].abs().long(), self.table)
+        return self.fc(self.spectral(x.to(torch.cfloat) @ self.w).abs()), rows
+
+
+@pytest.mark.parametrize("python", [False, True])
+@pytest.mark.parametrize("config", ["A8W4", "W2-2:4"])
+def test_weights_that_are_no_real_numbers_are_left_alone_and_reported(config, python):
+    model = Unfit()
+    model.python = python
+    prepared = qgraph.prepare(model, config, X)
+    reasons = {site.name: site.reason for site in sites(prepared)}
+    complex_ones = dict.fromkeys(("w", "spectral.weight"), "its values are complex64, which no quantizer takes")
+    whole = {"table": "its values are int64, which no quantizer takes"}
+    assert reasons == {**complex_ones, **whole, "fc.weight": None}
+    with qgraph.disabled(prepared, "fc*"):
+        assert all(torch.equal(a, b) for a, b in zip(prepared(X), model(X), strict=True))
+    with pytest.raises(qgraph.CaptureError, match="which no quantizer takes"):
+        qgraph.prepare(model, config, X, strict=True)
+
+
 def test_a_learned_step_of_a_weight_that_is_passed_to_a_child():
     class Child(nn.Module):
         def forward(self, x, w):
