@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qgraph.capture.state import ModuleState
 
 STATE = "_qgraph"  # the attribute of a prepared module that holds its ModuleState
+OWN_FORWARD = "_qgraph_forward"  # that of one whose `forward` was set on the object: what was set
 
 
 @dataclass(slots=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import types
 import warnings
 
 import pytest
@@ -452,6 +453,46 @@ def test_a_model_that_cannot_be_copied_says_what_to_do():
     with pytest.raises(qgraph.CaptureError, match=r"Sequential cannot be copied.*inplace=True"):
         qgraph.prepare(model, "W4", X)
     assert qgraph.prepare(model, "W4", X, inplace=True) is model
+
+
+def scaled(layer):
+    """A layer with a forward of its own, as those who patch models write it."""
+    before = layer.forward
+
+    def forward(self, x, shift=1.0):
+        return before(x) * self.scale + shift
+
+    layer.scale, layer.forward = 2.0, types.MethodType(forward, layer)
+    return layer
+
+
+class Patched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.bare = scaled(nn.Linear(16, 8)), nn.Linear(8, 8), nn.Module()
+        self.b.forward = lambda x: F.linear(x, self.b.weight * 2)
+        self.bare.w = nn.Parameter(torch.randn(8, 3))
+        self.bare.forward = functools.partial(torch.matmul, other=self.bare.w)
+
+    def forward(self, x):
+        return self.bare(self.b(self.a(x, shift=0.5)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_forward_that_was_set_on_an_object_is_captured(inplace, tmp_path):
+    model = Patched()
+    expected = model(X)
+    prepared = qgraph.prepare(model, "W4", X, inplace=inplace)
+    names = ("a.weight", "b.weight.derived", "bare.w")
+    assert [(site.name, site.reason, site.captured) for site in sites(prepared)] == [(n, None, True) for n in names]
+    for same in (prepared, copy.deepcopy(prepared)):
+        assert not torch.equal(same(X), expected)
+        with qgraph.disabled(same):
+            assert torch.equal(same(X), expected)
+    compiled = torch.compile(prepared, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(X), prepared(X))
+    report = qgraph.export(prepared.eval(), tmp_path / "patched.onnx", (X,), progress=False)
+    assert len(report.layers) == 3
 
 
 def test_a_learned_step_of_a_weight_that_is_passed_to_a_child():

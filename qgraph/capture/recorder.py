@@ -117,7 +117,7 @@ class Recorder(TorchFunctionMode):
             self.counters.hide()
             self.effects.release()
             raise
-        self._ended = definition(forward)
+        self._ended = definition(self.module, forward)
         self._finish(result)
         return plain(result)
 
