@@ -464,3 +464,31 @@ def test_sizes_that_were_asked_for_are_checked_at_twice_the_example_too(tmp_path
     with pytest.raises(ExportError, match="on twice the sizes"):  # the trace took the branch of the example
         qgraph.export(prepared, tmp_path / "m.onnx", (image,), dynamic_shapes=shapes, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+class OldStyle(nn.Module):
+    """Code from the days of `.data`: a mask on a weight and on scores, state from a tensor; squeezes of nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        self.register_buffer("mask", torch.ones(4, 2, 3, 3).tril())
+
+    def forward(self, x):
+        self.conv.weight.data *= self.mask
+        y = self.conv(x).mean((2, 3))
+        scores = y.squeeze(1).softmax(-1)
+        scores.data.masked_fill_(y < 0, 0.25)
+        state = x.data.new_zeros(x.shape[0], 4) + scores[:, None].squeeze((0, 1))
+        return self.out(state * y).squeeze(-1)
+
+
+def test_data_of_tensors_and_squeezes_of_longer_dimensions_are_written_out(tmp_path):
+    path, x = tmp_path / "old.onnx", torch.randn(3, 2, 5, 5)
+    model = OldStyle().eval()
+    model(x)  # from here on the mask changes nothing
+    prepared = qgraph.prepare(model, "W4", x).eval()
+    report = qgraph.export(prepared, path, (x,), progress=False)
+    assert report.dynamic == ("x: 0=batch",)
+    other = torch.randn(5, 2, 5, 5)
+    assert np.allclose(run(path, x=other.numpy())[0], prepared(other).detach().numpy(), atol=1e-5)
