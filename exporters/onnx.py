@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qgraph.errors import CalibrationError, ExportError
 from qgraph.exporters.assemble import as_stored, assemble, describe
 from qgraph.exporters.computed import FromInputs, quantize_as_they_come
+from qgraph.exporters.constants import constants
 from qgraph.exporters.job import Job, Say, check_arguments, collect_again, prepare_job
 from qgraph.exporters.layouts import gather_moves, keep_rows
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
@@ -169,7 +170,9 @@ def _first_that_works(
             except CalibrationError:  # a use that in graphs shares another's range
                 assert found is not None
             except _TraceFailed as error:
-                found = found or (error.explained, "torch.export made it a constant")
+                lines = constants(error)
+                if found is None or lines:  # Python names the line where a guard of a graph does not
+                    found = error.explained, "; ".join(lines) or "torch.export made it a constant"
                 final = error.final
         assert found is not None
         if not any(plan.dims) or given or final:

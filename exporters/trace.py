@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from qgraph.capture.names import any_name
 from qgraph.errors import ExportError
 from qgraph.exporters.computed import FromInputs, forget_computation, names_from_inputs
+from qgraph.exporters.constants import constants, lines_of_constants
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.lowering.records import DOMAIN
 from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, modules_as_they_are, values_unread
@@ -138,6 +139,7 @@ def _trace(
             rewrites,
             modules_as_they_are(),
             values_unread(),
+            lines_of_constants(_trace.__name__),
         ):
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         if computed := names_from_inputs(program):
@@ -205,6 +207,12 @@ def explain(error: BaseException, model: nn.Module) -> ExportError:
             "write the branch with torch.where, "
             "keep a static form (masks instead of selected rows), or leave that part out of "
             "what is exported"
+        )
+    if lines := constants(error):
+        return ExportError(
+            f"export of {model_name}: {'; '.join(lines)}, so that it cannot be dynamic; expected sizes that are "
+            "computed from sizes in whole numbers (`//`, `-1` in a view), without int(), a loop over them or a size of "
+            "a layer; leave it out of dynamic_shapes where it is to be a constant"
         )
     text = str(_root(error))
     advice = next((text for mark, text in HINTS.items() if any(mark in str(e) for e in chain(error))), GENERAL_HINT)

@@ -4,6 +4,7 @@ report.
 
 import dataclasses
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -165,9 +166,13 @@ def test_a_size_that_is_a_constant_is_reported_as_one(tmp_path):
     net = qgraph.prepare(Loop(), "W4", (x,)).eval()
     report = export(net, tmp_path / "m.onnx", (x,))
     assert report.dynamic == ("x: 0=batch",)
-    assert any("not dynamic: x: 0=batch, 1=sequence" in note for note in report.notes)
+    line = Loop.forward.__code__.co_firstlineno + 2
+    made = f"dimension 1 of x is made the constant 4 by {__file__}:{line} (in forward)"
+    assert f"not dynamic: x: 0=batch, 1=sequence ({made})" in report.notes
     x = torch.randn(5, 4, 8)
     assert differ(net(x), run(tmp_path / "m.onnx", x=x)[0]) < TOLERANCE
+    with pytest.raises(ExportError, match=re.escape(made)):
+        export(net, tmp_path / "m.onnx", (x,), dynamic_shapes={"x": {1: "time"}})
 
 
 @pytest.mark.parametrize(
