@@ -37,7 +37,7 @@ def lines_of_constants(entry: str) -> Iterator[None]:
                 found.setdefault(name, f"{target} by {calling_line(entry) or 'a line of no file'}")
         original(env, symbol, target, message)
 
-    ShapeEnv._set_replacement = noting  # type: ignore[method-assign]
+    ShapeEnv._set_replacement = noting  # type: ignore[method-assign,assignment]
     try:
         yield
     except Exception as error:

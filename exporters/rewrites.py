@@ -18,6 +18,7 @@ from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
 from qgraph.exporters.decompositions import DECOMPOSITIONS
+from qgraph.exporters.symbolic import SYMBOLIC
 
 
 class Rewrites(TorchFunctionMode):
@@ -175,6 +176,7 @@ def squeezed(x: Tensor, dim: Any = None) -> Any:
 
 ALWAYS: Mapping[str, Callable[..., Any]] = {
     **DECOMPOSITIONS,
+    **SYMBOLIC,
     F.scaled_dot_product_attention.__name__: unmasked_attention,
     "grouped_mm": grouped_product,
     "_grouped_mm": grouped_product,

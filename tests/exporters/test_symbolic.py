@@ -1,0 +1,58 @@
+"""Calls with a dynamic size among their arguments: the size stays dynamic, and the file computes what torch does."""
+
+from __future__ import annotations
+
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qgraph
+
+SIZES = {  # of (rows, n, 6) and whole numbers: what takes the size n
+    "remainder": lambda y, i, n: i % n,
+    "power": lambda y, i, n: (y.abs() + 1) ** (n - 5),
+    "linspace": lambda y, i, n: y[..., 0] + torch.linspace(-1, 1, n),
+    "linspace in another dtype": lambda y, i, n: (
+        torch.linspace(0, n, steps=n * 2, dtype=torch.float64)[None] + i[:, :1]
+    ),
+    "one_hot": lambda y, i, n: F.one_hot(i % n, n) @ torch.arange(n),
+    "roll": lambda y, i, n: y.roll(n // 2, 1),
+    "roll two ways": lambda y, i, n: torch.roll(y, (-(n // 2), 1), (1, -1)),
+    "mean over all": lambda y, i, n: F.avg_pool1d(y.mT, n),
+    "mean over a plane": lambda y, i, n: F.avg_pool2d(y[:, None], (n, y.size(2)), stride=(n, 6)),
+    "max over all": lambda y, i, n: F.max_pool1d(y.mT, kernel_size=n, stride=n),
+    "max over a plane": lambda y, i, n: F.max_pool2d(y[:, None], y.shape[1:]),
+    "rounded up": lambda y, i, n: y.new_zeros(2, -(-n // 4)) + i.sum(),
+    "padded to a multiple": lambda y, i, n: F.pad(y, (0, 0, 0, -n % 4)),
+    "a negative floor": lambda y, i, n: y[:, (3 - n) // 2 :],
+}
+
+
+class Sized(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.fc, self.name = nn.Linear(6, 6), name
+
+    def forward(self, x, i):
+        y = self.fc(x)
+        return y, SIZES[self.name](y, i, x.shape[1])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_call_with_a_dynamic_size_among_its_arguments(name, tmp_path):
+    args = torch.randn(2, 7, 6), torch.randint(0, 50, (2, 4))
+    prepared = qgraph.prepare(Sized(name), "W4", args).eval()
+    report = qgraph.export(prepared, tmp_path / "m.onnx", args, dynamic_shapes={"x": {1: "n"}}, progress=False)
+    assert report.dynamic == ("x: 1=n",)
+    for n in (6, 9, 16):
+        x = torch.randn(2, n, 6)
+        for want, got in zip(prepared(x, args[1]), _run(tmp_path / "m.onnx", x, args[1]), strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), want.detach(), rtol=1e-5, atol=1e-5)
+
+
+def _run(path, *inputs):
+    session = ort.InferenceSession(str(path))
+    known = dict(zip(("x", "i"), inputs, strict=True))
+    return session.run(None, {i.name: known[i.name].numpy() for i in session.get_inputs()})
