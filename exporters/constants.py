@@ -1,10 +1,11 @@
-"""Which sizes of the inputs torch.export takes for constants, and the lines of the user's code that make them so."""
+"""What a trace decides by the sizes of inputs, and which it takes for constants: the lines of the user's code."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -22,38 +23,70 @@ class MadeConstant(Exception):
         self.lines = lines
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a trace took for granted of sizes: a condition over symbols, the size that each is, and the user's line."""
+
+    condition: Any
+    sizes: dict[Any, tuple[str, int]]
+    line: str
+
+    def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether it does for inputs of these shapes; a condition on anything else counts as one that does."""
+        known = {symbol: shapes[name][dim] for symbol, (name, dim) in self.sizes.items()}
+        return self.condition.subs(known) != False  # noqa: E712  sympy's own falsehood
+
+
 @contextlib.contextmanager
-def lines_of_constants(entry: str) -> Iterator[None]:
-    """While active, an error about sizes that became constants comes from a `MadeConstant` that names the lines.
+def decisions_by_size(entry: str) -> Iterator[list[Decision]]:
+    """While active, collect what the code below the function `entry` decides by sizes that are to be dynamic.
 
-    `entry`: the function below which the user's code runs.
+    An error about sizes that became constants then comes from a `MadeConstant` that names the lines.
     """
-    found: dict[str, str] = {}
-    original = ShapeEnv._set_replacement
+    found: list[Decision] = []
+    constants: dict[str, str] = {}
+    replaced, noted = ShapeEnv._set_replacement, ShapeEnv._maybe_guard_rel
 
-    def noting(env: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
+    def replace(env: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
         if target.is_Integer:
-            for name in (str(source.name) for source in env.var_to_sources.get(symbol, ())):
-                found.setdefault(name, f"{target} by {calling_line(entry) or 'a line of no file'}")
-        original(env, symbol, target, message)
+            for name in _names(env, symbol):
+                constants.setdefault(name, f"{target} by {calling_line(entry) or 'a line of no file'}")
+        replaced(env, symbol, target, message)
 
-    ShapeEnv._set_replacement = noting  # type: ignore[method-assign,assignment]
+    def note(env: ShapeEnv, condition: Any) -> None:
+        named = {s: _SIZE.fullmatch(name) for s in condition.free_symbols for name in _names(env, s)[:1]}
+        sizes = {symbol: (match[1], int(match[2])) for symbol, match in named.items() if match}
+        if sizes and len(sizes) == len(condition.free_symbols) and (line := calling_line(entry)):
+            found.append(Decision(condition, sizes, line))
+        noted(env, condition)
+
+    ShapeEnv._set_replacement, ShapeEnv._maybe_guard_rel = replace, note  # type: ignore[method-assign,assignment]
     try:
-        yield
+        yield found
     except Exception as error:
         sizes = dict.fromkeys(re.findall(_SIZE, str(error))) if "Constraints violated" in str(error) else {}
         lines = [
-            f"dimension {dim} of {name} is made the constant {found[key]}"
+            f"dimension {dim} of {name} is made the constant {constants[key]}"
             for name, dim in sizes
-            if (key := f"L['{name}'].size()[{dim}]") in found
+            if (key := f"L['{name}'].size()[{dim}]") in constants
         ]
         if not lines:
             raise
         raise MadeConstant(lines) from error
     finally:
-        ShapeEnv._set_replacement = original  # type: ignore[method-assign]
+        ShapeEnv._set_replacement, ShapeEnv._maybe_guard_rel = replaced, noted  # type: ignore[method-assign]
+
+
+def decided_otherwise(decisions: Sequence[Decision], shapes: Iterable[Mapping[str, Sequence[int]]]) -> list[str]:
+    """The lines that decide by a size, and would go another way at inputs of one of these shapes."""
+    others = list(shapes)
+    return list(dict.fromkeys(d.line for d in decisions if not all(d.holds(each) for each in others)))
 
 
 def constants(error: BaseException) -> list[str]:
     """What a `MadeConstant` behind an error says."""
     return next((e.lines for e in chain(error) if isinstance(e, MadeConstant)), [])
+
+
+def _names(env: ShapeEnv, symbol: Any) -> list[str]:
+    return [str(source.name) for source in env.var_to_sources.get(symbol, ())]

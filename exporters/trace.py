@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from qgraph.capture.names import any_name
 from qgraph.errors import ExportError
 from qgraph.exporters.computed import FromInputs, forget_computation, names_from_inputs
-from qgraph.exporters.constants import constants, lines_of_constants
+from qgraph.exporters.constants import Decision, constants, decisions_by_size
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.lowering.records import DOMAIN
 from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, modules_as_they_are, values_unread
@@ -61,7 +61,8 @@ _one_at_a_time = threading.RLock()  # the exporter of torch, and what is replace
 class Traced:
     """An ONNX graph in memory, the sites that it quantizes, what was changed for it.
 
-    `random`: the lines of the user's code that draw at random; `selecting`: those that pick by comparing values.
+    `random`: the lines of the user's code that draw at random; `selecting`: those that pick by comparing values;
+    `decisions`: what it takes for granted of sizes that are dynamic.
     """
 
     model: ir.Model
@@ -69,6 +70,7 @@ class Traced:
     notes: list[str]
     random: list[str]
     selecting: list[str]
+    decisions: list[Decision]
 
 
 def trace(
@@ -139,7 +141,7 @@ def _trace(
             rewrites,
             modules_as_they_are(),
             values_unread(),
-            lines_of_constants(_trace.__name__),
+            decisions_by_size(_trace.__name__) as decisions,
         ):
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         if computed := names_from_inputs(program):
@@ -161,7 +163,7 @@ def _trace(
             raise Untranslated(_recorded_at(error)) from error
     assert onnx_program is not None
     random, selecting = (_lines_of(program.graph, condition) for condition in (_draws, _selects))
-    return Traced(onnx_program.model, sites, rewrites.notes, random, selecting)
+    return Traced(onnx_program.model, sites, rewrites.notes, random, selecting, decisions)
 
 
 def _lines_of(graph: fx.Graph, condition: Callable[[torch._ops.OpOverload], bool]) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import onnxruntime as ort
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qgraph
+from qgraph.errors import ExportError
 
 SIZES = {  # of (rows, n, 6) and whole numbers: what takes the size n
     "remainder": lambda y, i, n: i % n,
@@ -56,3 +60,23 @@ def _run(path, *inputs):
     session = ort.InferenceSession(str(path))
     known = dict(zip(("x", "i"), inputs, strict=True))
     return session.run(None, {i.name: known[i.name].numpy() for i in session.get_inputs()})
+
+
+DECISIONS = {  # what another size decides otherwise, each in a line of its own
+    "branch": lambda y, i, n: y * 2 if n > 10 else y,
+    "rounded branch": lambda y, i, n: y * 2 if math.ceil(n / 4) > 2 else y,
+    "loop": lambda y, i, n: sum(y[:, row] for row in range(n // 3)),
+    "int of a quotient": lambda y, i, n: y[:, : int(n * 0.5)],
+    "view by int": lambda y, i, n: y.flatten(0, 1).view(2, int(y.flatten(0, 1).shape[0] / 2), 6),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_a_file_that_holds_for_one_size_alone_is_refused_with_the_line_that_decides(name, monkeypatch, tmp_path):
+    monkeypatch.setitem(SIZES, name, DECISIONS[name])
+    args = torch.randn(2, 7, 6), torch.randint(0, 50, (2, 4))
+    prepared = qgraph.prepare(Sized(name), "W4", args).eval()
+    line = DECISIONS[name].__code__.co_firstlineno
+    with pytest.raises(ExportError, match=rf"{re.escape(__file__)}:{line} \(in"):
+        qgraph.export(prepared, tmp_path / "m.onnx", args, dynamic_shapes={"x": {1: "n"}}, progress=False)
+    assert not list(tmp_path.iterdir())
