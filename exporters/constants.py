@@ -38,8 +38,10 @@ class Decision:
 
 
 @contextlib.contextmanager
-def decisions_by_size(entry: str) -> Iterator[list[Decision]]:
+def decisions_by_size(entry: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[list[Decision]]:
     """While active, collect what the code below the function `entry` decides by sizes that are to be dynamic.
+
+    `shapes`: those of the inputs that it is traced with.
 
     An error about sizes that became constants then comes from a `MadeConstant` that names the lines.
     """
@@ -50,7 +52,7 @@ def decisions_by_size(entry: str) -> Iterator[list[Decision]]:
     def replace(env: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
         if target.is_Integer:
             for name in _names(env, symbol):
-                constants.setdefault(name, f"{target} by {calling_line(entry) or 'a line of no file'}")
+                constants.setdefault(name, calling_line(entry) or "a line of no file")
         replaced(env, symbol, target, message)
 
     def note(env: ShapeEnv, condition: Any) -> None:
@@ -66,7 +68,8 @@ def decisions_by_size(entry: str) -> Iterator[list[Decision]]:
     except Exception as error:
         sizes = dict.fromkeys(re.findall(_SIZE, str(error))) if "Constraints violated" in str(error) else {}
         lines = [
-            f"dimension {dim} of {name} is made the constant {constants[key]}"
+            f"dimension {dim} of {name} is made the constant {shapes[name][int(dim)]} by "
+            f"{_first_to_fix(found, name, int(dim), shapes) or constants[key]}"
             for name, dim in sizes
             if (key := f"L['{name}'].size()[{dim}]") in constants
         ]
@@ -75,6 +78,15 @@ def decisions_by_size(entry: str) -> Iterator[list[Decision]]:
         raise MadeConstant(lines) from error
     finally:
         ShapeEnv._set_replacement, ShapeEnv._maybe_guard_rel = replaced, noted  # type: ignore[method-assign]
+
+
+def _first_to_fix(
+    decisions: Sequence[Decision], name: str, dim: int, shapes: Mapping[str, Sequence[int]]
+) -> str | None:
+    """The first line that holds for the traced size and no other: where it becomes a constant is often further on."""
+    size = shapes[name][dim]
+    others = [{**shapes, name: [*shapes[name][:dim], size + step, *shapes[name][dim + 1 :]]} for step in (1, 2, 3)]
+    return next((d.line for d in decisions if not any(d.holds(other) for other in others)), None)
 
 
 def decided_otherwise(decisions: Sequence[Decision], shapes: Iterable[Mapping[str, Sequence[int]]]) -> list[str]:

@@ -129,6 +129,7 @@ def _trace(
         name: {dim: named[label] for dim, label in dims.items()} or None
         for name, dims in zip(flat.inputs.names, plan.dims, strict=True)
     }
+    traced_shapes = {name: tuple(t.shape) for name, t in zip(flat.inputs.names, tensors, strict=True)}
     labels = {name: dict(dims) or None for name, dims in zip(flat.inputs.names, plan.dims, strict=True)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
@@ -141,7 +142,7 @@ def _trace(
             rewrites,
             modules_as_they_are(),
             values_unread(),
-            decisions_by_size(_trace.__name__) as decisions,
+            decisions_by_size(_trace.__name__, traced_shapes) as decisions,
         ):
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         if computed := names_from_inputs(program):
