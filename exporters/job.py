@@ -4,7 +4,6 @@ shows of it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from onnx.defs import onnx_opset_version
 from torch import Tensor, nn
 
+from qgraph.copying import copied
 from qgraph.errors import CalibrationError, ExportError
 from qgraph.exporters.lowering.options import PURPOSES, Options
 from qgraph.exporters.signature import FlatInputs, FlatModel, flat_model, flatten_inputs, run_eagerly
@@ -205,7 +205,7 @@ def _working_copy(prepared: nn.Module) -> nn.Module:
     tensors = [*prepared.parameters(), *prepared.buffers()]
     as_is = all(t.device.type == "cpu" and not _is_other_float(t) for t in tensors)
     memo: dict[int, Any] = {id(parameter): parameter for parameter in prepared.parameters()} if as_is else {}
-    model = copy.deepcopy(prepared, memo)
+    model = copied(prepared, memo)
     for module in model.modules():
         if isinstance(module, WeightQuantizer | Sparsifier):
             module.memo.off = True

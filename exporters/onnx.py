@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qgraph.errors import CalibrationError, ExportError
 from qgraph.exporters.assemble import as_stored, assemble, describe
 from qgraph.exporters.computed import FromInputs, quantize_as_they_come
+from qgraph.exporters.constants import constants, decided_otherwise
 from qgraph.exporters.job import Job, Say, check_arguments, collect_again, prepare_job
 from qgraph.exporters.layouts import gather_moves, keep_rows
 from qgraph.exporters.lowering.graph import Lowered, lower, remove_unused
@@ -167,11 +168,15 @@ def _first_that_works(
             except WrongFile as error:
                 if not (error.shape_only or python or plan.traces_larger):
                     raise
-                found = found or (error, "the file was wrong at another size")
+                if found is None or error.line:
+                    decides = f"{error.line} decides by it" if error.line else "the file was wrong at another size"
+                    found = error, decides
             except CalibrationError:  # a use that in graphs shares another's range
                 assert found is not None
             except _TraceFailed as error:
-                found = found or (error.explained, "torch.export made it a constant")
+                lines = constants(error)
+                if found is None or lines:  # Python names the line where a guard of a graph does not
+                    found = error.explained, "; ".join(lines) or "torch.export made it a constant"
                 final = error.final
         assert found is not None
         refused = refused or found[0]
@@ -242,6 +247,8 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
             raise _draws_at_random(job, traced.random) from error
         if traced.selecting and not error.shape_only:
             raise _selects_by_rounding(job, traced.selecting, error) from error
+        if error.shape_only and (lines := decided_otherwise(traced.decisions, _other_shapes(job, plan))):
+            raise _decides_by_size(job, lines) from error
         raise
     return _Built(report, verified)
 
@@ -322,6 +329,24 @@ def _draws_at_random(job: Job, lines: Sequence[str]) -> ExportError:
         f"export of {job.name}: {lines[0]} draws random numbers in eval, so the file cannot be compared with the "
         "model; expected the same outputs for the same inputs; take the noise as an input, or pass verify=False to "
         "write the file unchecked"
+    )
+
+
+def _other_shapes(job: Job, plan: ShapePlan) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The shapes of the examples that a file is tried with beside the one that it was made from."""
+    for tensors in (plan.second, plan.larger[0] if plan.larger is not None else None):
+        if tensors is not None:
+            yield {name: tuple(t.shape) for name, t in zip(job.flat.inputs.names, tensors, strict=True)}
+
+
+def _decides_by_size(job: Job, lines: Sequence[str]) -> WrongFile:
+    return WrongFile(
+        f"export of {job.name}: {lines[0]} decides by a size that is dynamic, and goes another way at another size; "
+        "expected what holds for all sizes, since a file holds one fixed graph; compute with sizes in whole numbers "
+        "(`//`, no int() of a quotient), keep the size within one case, or make it a constant (leave it out of "
+        "dynamic_shapes)",
+        shape_only=True,
+        line=lines[0],
     )
 
 

@@ -18,6 +18,7 @@ from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
 from qgraph.exporters.decompositions import DECOMPOSITIONS
+from qgraph.exporters.symbolic import SYMBOLIC
 
 
 class Rewrites(TorchFunctionMode):
@@ -149,20 +150,53 @@ def unmasked_attention(*args: Any, **kwargs: Any) -> Any:
     return NotImplemented if masked else attention(*args, **kwargs)
 
 
+def detached(x: Tensor) -> Tensor:
+    """detach: the tracer loses what `.data` gives."""
+    return x.detach()
+
+
+def overwritten(x: Tensor, value: Tensor) -> Any:
+    """a copy into the tensor: the tracer loses an assignment."""
+    if x.shape != value.shape or x.dtype != value.dtype:
+        return NotImplemented
+    x.detach().copy_(value)
+    return None
+
+
+def squeezed(x: Tensor, dim: Any = None) -> Any:
+    """a squeeze of the dimensions that have one entry: ONNX has none of others, which torch leaves alone."""
+    if dim is None or not x.dim():
+        return NotImplemented
+    dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+    ones = tuple(d for d in dims if x.shape[d] == 1)
+    if len(ones) == len(dims):
+        return NotImplemented
+    return x.squeeze(ones) if ones else x.view_as(x)
+
+
 ALWAYS: Mapping[str, Callable[..., Any]] = {
     **DECOMPOSITIONS,
+    **SYMBOLIC,
     F.scaled_dot_product_attention.__name__: unmasked_attention,
     "grouped_mm": grouped_product,
     "_grouped_mm": grouped_product,
     "grouped_mm_fallback": grouped_product,
     "rsub": subtracted_from,
     "__rsub__": subtracted_from,
+    ".data": detached,
+    ".data =": overwritten,
+    "squeeze": squeezed,
 }
 ATTENTION: Mapping[str, Callable[..., Any]] = {F.scaled_dot_product_attention.__name__: attention}
 
 
 def _name(func: Any) -> str:
+    if getattr(func, "__self__", None) is _DATA:
+        return ".data" if func.__name__ == "__get__" else ".data ="
     return str(getattr(func, "__name__", "")).split(".")[0]  # an operator's is `name.overload`
+
+
+_DATA: Any = Tensor.data
 
 
 def _line(function: Callable[..., Any]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from qgraph.capture.names import any_name
 from qgraph.errors import ExportError
 from qgraph.exporters.computed import FromInputs, forget_computation, names_from_inputs
+from qgraph.exporters.constants import Decision, constants, decisions_by_size
 from qgraph.exporters.lowering import recurrent
 from qgraph.exporters.lowering.records import DOMAIN
 from qgraph.exporters.rewrites import ALWAYS, ATTENTION, Rewrites, modules_as_they_are, values_unread
@@ -60,7 +61,8 @@ _one_at_a_time = threading.RLock()  # the exporter of torch, and what is replace
 class Traced:
     """An ONNX graph in memory, the sites that it quantizes, what was changed for it.
 
-    `random`: the lines of the user's code that draw at random; `selecting`: those that pick by comparing values.
+    `random`: the lines of the user's code that draw at random; `selecting`: those that pick by comparing values;
+    `decisions`: what it takes for granted of sizes that are dynamic.
     """
 
     model: ir.Model
@@ -68,6 +70,7 @@ class Traced:
     notes: list[str]
     random: list[str]
     selecting: list[str]
+    decisions: list[Decision]
 
 
 def trace(
@@ -126,6 +129,7 @@ def _trace(
         name: {dim: named[label] for dim, label in dims.items()} or None
         for name, dims in zip(flat.inputs.names, plan.dims, strict=True)
     }
+    traced_shapes = {name: tuple(t.shape) for name, t in zip(flat.inputs.names, tensors, strict=True)}
     labels = {name: dict(dims) or None for name, dims in zip(flat.inputs.names, plan.dims, strict=True)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
@@ -138,6 +142,7 @@ def _trace(
             rewrites,
             modules_as_they_are(),
             values_unread(),
+            decisions_by_size(_trace.__name__, traced_shapes) as decisions,
         ):
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         if computed := names_from_inputs(program):
@@ -159,7 +164,7 @@ def _trace(
             raise Untranslated(_recorded_at(error)) from error
     assert onnx_program is not None
     random, selecting = (_lines_of(program.graph, condition) for condition in (_draws, _selects))
-    return Traced(onnx_program.model, sites, rewrites.notes, random, selecting)
+    return Traced(onnx_program.model, sites, rewrites.notes, random, selecting, decisions)
 
 
 def _lines_of(graph: fx.Graph, condition: Callable[[torch._ops.OpOverload], bool]) -> list[str]:
@@ -205,6 +210,12 @@ def explain(error: BaseException, model: nn.Module) -> ExportError:
             "write the branch with torch.where, "
             "keep a static form (masks instead of selected rows), or leave that part out of "
             "what is exported"
+        )
+    if lines := constants(error):
+        return ExportError(
+            f"export of {model_name}: {'; '.join(lines)}, so that it cannot be dynamic; expected sizes that are "
+            "computed from sizes in whole numbers (`//`, `-1` in a view), without int(), a loop over them or a size of "
+            "a layer; leave it out of dynamic_shapes where it is to be a constant"
         )
     text = str(_root(error))
     advice = next((text for mark, text in HINTS.items() if any(mark in str(e) for e in chain(error))), GENERAL_HINT)

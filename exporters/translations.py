@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ def translations() -> dict[Any, Any]:
         torch.ops.qgraph.activation.default: lambda x, site: nodes.Activation(x, site=site),
         torch.ops.qgraph.recurrent.default: recurrent.translate,
         torch.ops.aten._is_all_true.default: _is_all_true,
+        operator.floordiv: _floor_divided,
     }
 
 
@@ -65,3 +67,26 @@ def _is_all_true(x: Any) -> Any:
     return opset18.Cast(
         opset18.ReduceMin(opset18.Cast(x, to=int(ir.DataType.INT64)), keepdims=0), to=int(ir.DataType.BOOL)
     )
+
+
+def _floor_divided(x: Any, y: Any) -> Any:
+    """Sizes divided as Python does; torch's own translation takes both for positive, which ``-(-size // 2)`` is not."""
+    if not (_may_be_negative(x) or _may_be_negative(y)):
+        return opset18.Div(x, y)
+    return opset18.Div(opset18.Sub(x, opset18.Mod(x, y)), y)
+
+
+_ARITHMETIC = frozenset({"Add", "Mul", "Div", "Mod", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Concat", "Identity"})
+
+
+def _may_be_negative(size: Any) -> bool:
+    """Whether a minus went into a size; a size of a tensor is none."""
+    if not isinstance(size, ir.Value):
+        return bool(size < 0)
+    node = size.producer()
+    if node is None or node.op_type in ("Neg", "Sub"):
+        return node is not None
+    if node.op_type == "Constant":
+        value = ir.convenience.get_const_tensor(size)
+        return value is not None and bool((value.numpy() < 0).any())
+    return node.op_type in _ARITHMETIC and any(_may_be_negative(value) for value in node.inputs if value is not None)

@@ -84,12 +84,14 @@ class WrongFile(ExportError):
     """The file computes something else.
 
     `shape_only`: it is right on the example it was made from. `rounding`: so little that rounding may be all there is.
+    `line`: of the user's code, where it is known to be the cause.
     """
 
-    def __init__(self, message: str, shape_only: bool, rounding: bool = False) -> None:
+    def __init__(self, message: str, shape_only: bool, rounding: bool = False, line: str = "") -> None:
         super().__init__(message)
         self.shape_only = shape_only
         self.rounding = rounding
+        self.line = line
 
 
 def check(path: Path) -> None:

@@ -33,8 +33,10 @@ def _place(owner: Owner, module: nn.Module, op: str, axis: int, conv: bool, has_
     if weight is None or nn.parameter.is_lazy(weight):
         return
     site = owner.shared.canonical_name(owner.path, "weight")
-    source = Source("parameter", (site,), exact=True)
+    source = Source("parameter", (site,), exact=True).of(weight.dtype)
     owner.weight(Placed(Operand(1, "weight", "weight", axis), source, "weight", site), lambda: weight)
     if has_input:
-        placed = Placed(Operand(0, "input", "input"), Source("data"), "input", f"{owner.path}.input".lstrip("."))
+        placed = Placed(
+            Operand(0, "input", "input"), Source("data").of(weight.dtype), "input", f"{owner.path}.input".lstrip(".")
+        )
         owner.activation(placed, SiteCall(op, (), conv))

@@ -56,7 +56,8 @@ class QuantizeWeights(Pass):
         config = context.owner.config
         if config is None or config.weight is None:
             return None
-        open_sites = [e.placed.site for e in entries(graph, context) if e.weight is e.dense]
+        fit = [e for e in entries(graph, context) if not e.placed.source.unfit]
+        open_sites = [e.placed.site for e in fit if e.weight is e.dense]
         return f"not quantized: {', '.join(open_sites)}" if open_sites else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from qgraph.capture.state import ModuleState
+from qgraph.copying import copied
 from qgraph.errors import CaptureError
 from qgraph.frozen import FrozenSparsifier, FrozenWeight
 from qgraph.graph import is_prepared, is_quantizer, states, unwrapped
@@ -60,7 +60,7 @@ def freeze(prepared: nn.Module) -> nn.Module:
     """
     prepared = unwrapped(prepared)
     _check(prepared)
-    model = copy.deepcopy(prepared).eval()
+    model = copied(prepared).eval()
     for _, _, state in states(model):
         state.variants = [variant for variant in state.variants if not variant.training]
         for variant in state.variants:  # no other graph can be made elsewhere, where a library has set its flags anew

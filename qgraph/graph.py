@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qgraph.capture.state import ModuleState
 
 STATE = "_qgraph"  # the attribute of a prepared module that holds its ModuleState
+OWN_FORWARD = "_qgraph_forward"  # that of one whose `forward` was set on the object: what was set
 
 
 @dataclass(slots=True, eq=False)
@@ -110,7 +111,9 @@ def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
         if call is None:
             continue
         operands = [unquantized(operand.get(node.args, node.kwargs)) for operand in call.operands]
-        found = [sources.get(o, CONSTANT) if isinstance(o, fx.Node) else CONSTANT for o in operands]
+        found = [
+            sources.get(o, CONSTANT).of(o.meta.get("dtype")) if isinstance(o, fx.Node) else CONSTANT for o in operands
+        ]
         site = place(call, found, owner, functools.partial(ordinal, operands))
         if site is not None:
             yield GraphSite(node, site)
@@ -291,6 +294,8 @@ def _record(
             reason = "a rule leaves it float"
         elif config.weight is None and config.sparsity is None:
             reason = "the config quantizes no weights"
+        elif placed.source.unfit:
+            reason = f"its values are {placed.source.unfit}, which no quantizer takes"
         else:
             reason = "no quantizer was placed"
     holder = quantizer if quantizer is not None else sparsifier

@@ -57,9 +57,9 @@ class Owner:
         return configs[self.path] if self.path in configs else self.shared.config.resolve(self.path, self.module)
 
     def weight(self, placed: Placed, example: Callable[[], Tensor]) -> tuple[Sparsifier | None, WeightQuantizer | None]:
-        """The sparsifier and the quantizer of a weight operand, as the config asks for them."""
+        """The sparsifier and the quantizer of a weight operand of real numbers, as the config asks for them."""
         config = self.config
-        if config is None or (config.weight is None and config.sparsity is None):
+        if config is None or placed.source.unfit or (config.weight is None and config.sparsity is None):
             return None, None
         operand = placed.operand.transposed() if placed.source.transposed else placed.operand
         groups = groups_for_weight(config.weight, operand)
@@ -92,9 +92,9 @@ class Owner:
         return sparsifier, quantizer
 
     def activation(self, placed: Placed, call: SiteCall) -> ActivationQuantizer | None:
-        """The quantizer of an input operand, as the config asks for it."""
+        """The quantizer of an input operand of real numbers, as the config asks for it."""
         spec: QuantSpec | None = self.config.activation if self.config is not None else None
-        if spec is None:
+        if spec is None or placed.source.unfit:
             return None
         groups = Groups("tensor") if spec.learns else Groups.for_activation(spec, call.conv)
         return self._get(

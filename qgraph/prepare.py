@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from qgraph.capture.driver import capture, install_all
 from qgraph.config import QConfig
+from qgraph.copying import copied
 from qgraph.dump import Dump
 from qgraph.errors import CaptureError, ConfigError, QGraphError
 from qgraph.graph import STATE, Shared, coverage, is_prepared, matches_site, quantizer_modules, sites
@@ -85,9 +85,13 @@ def prepare(
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model that keeps results of its last forward, which torch does not copy: values alone."""
-    results = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in results})
+    try:
+        return copied(model)
+    except Exception as error:
+        raise CaptureError(
+            f"prepare: {type(model).__name__} cannot be copied, copy.deepcopy raises {type(error).__name__}: {error}. "
+            f"Pass inplace=True to rewrite the model itself."
+        ) from error
 
 
 def _capture(prepared: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any]) -> None:

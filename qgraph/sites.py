@@ -68,12 +68,19 @@ class Source:
 
     ``parameter``: from parameters alone, named in `names` (paths from the root); `exact` when it is the one parameter
     itself, up to a transpose of its last two dimensions. ``data``: from the model's inputs. ``constant``: neither.
+    `unfit`: the dtype of an operand that no quantizer takes, complex numbers or integers; else "".
     """
 
     kind: Literal["parameter", "data", "constant"]
     names: tuple[str, ...] = ()
     exact: bool = False
     transposed: bool = False
+    unfit: str = ""
+
+    def of(self, dtype: Any) -> Source:
+        """The source of an operand of this torch dtype (None: not known)."""
+        fits = dtype is None or dtype.is_floating_point
+        return self if fits else replace(self, unfit=str(dtype).removeprefix("torch."))
 
 
 DATA = Source("data")

@@ -13,7 +13,7 @@ FOLDERS = {"qgraph": "qgraph", "qgraph.passes": "passes", "qgraph.exporters": "e
 
 # From the bottom up: a module imports from its own layer or from one below. A new module needs a place here.
 LAYERS = (
-    {"version", "errors", "terminal"},
+    {"version", "errors", "terminal", "copying"},
     {"notation", "rules"},
     {"specs"},
     {"config"},

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
+import types
 import warnings
 
 import pytest
@@ -12,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import qgraph
+from qgraph.copying import copied
 from qgraph.graph import coverage, sites
 from tests.models import CNN, GPT, Branching, Encoder, Functional, Twice
 
@@ -339,6 +343,156 @@ def test_coverage_counts_graphs_and_misses():
     found = coverage(prepared)
     assert (found.modules, found.captured, found.graphs) == (3, 3, 6)
     assert (found.sites, found.sites_quantized, found.guard_misses) == (2, 2, 0)
+
+
+class Unfit(nn.Module):
+    """Weights that are no real numbers: of a complex product, of a complex layer, a table of whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.spectral = (
+            nn.Parameter(torch.randn(16, 6, dtype=torch.cfloat)),
+            nn.Linear(6, 6, dtype=torch.cfloat),
+        )
+        self.table = nn.Parameter(torch.randint(0, 9, (7, 2)), requires_grad=False)
+        self.fc, self.python = nn.Linear(6, 3), False
+
+    def forward(self, x):
+        if self.python and float(x.sum()) > 1e9:
+            return x
+        rows = F.embedding(x[:, 0].abs().long(), self.table)
+        return self.fc(self.spectral(x.to(torch.cfloat) @ self.w).abs()), rows
+
+
+@pytest.mark.parametrize("python", [False, True])
+@pytest.mark.parametrize("config", ["A8W4", "W2-2:4"])
+def test_weights_that_are_no_real_numbers_are_left_alone_and_reported(config, python):
+    model = Unfit()
+    model.python = python
+    prepared = qgraph.prepare(model, config, X)
+    reasons = {site.name: site.reason for site in sites(prepared)}
+    complex_ones = dict.fromkeys(("w", "spectral.weight"), "its values are complex64, which no quantizer takes")
+    whole = {"table": "its values are int64, which no quantizer takes"}
+    assert reasons == {**complex_ones, **whole, "fc.weight": None}
+    with qgraph.disabled(prepared, "fc*"):
+        assert all(torch.equal(a, b) for a, b in zip(prepared(X), model(X), strict=True))
+    with pytest.raises(qgraph.CaptureError, match="which no quantizer takes"):
+        qgraph.prepare(model, config, X, strict=True)
+
+
+class Closing(nn.Module):
+    """Functions over its own parts: in an attribute, as a default, in a hook, partially applied, in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.met = {}
+        count = itertools.count()
+        self.first = lambda x: (next(count), self.a(x))[1]
+        self.steps = [lambda x, layer=self.b: layer(x).relu(), functools.partial(lambda layer, x: layer(x), self.d)]
+        self.c.register_forward_hook(lambda module, args, out: self.met.update(c=out.detach()))
+
+    def forward(self, x):
+        x = self.first(x)
+        for step in self.steps:
+            x = step(x)
+        return self.c(x)
+
+
+def test_functions_over_the_models_own_parts_are_over_those_of_the_copy(tmp_path):
+    model = Closing()
+    model(X)
+    prepared = qgraph.prepare(model, "W4", X)
+    assert {(site.name, site.reason) for site in sites(prepared)} == {(n, None) for n in WEIGHTS_OF_CLOSING}
+    prepared(X).sum().backward()
+    assert all(p.grad is not None for p in prepared.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert prepared.met["c"] is not model.met["c"]
+    assert copied(model).steps[0] is not model.steps[0]
+    report = qgraph.export(prepared.eval(), tmp_path / "closing.onnx", (X,), progress=False)
+    assert {f"{layer.path}.{layer.operand}".strip(".") for layer in report.layers} == set(WEIGHTS_OF_CLOSING)
+    frozen = qgraph.freeze(prepared)
+    assert torch.allclose(frozen(X), prepared(X), atol=1e-5)
+
+
+WEIGHTS_OF_CLOSING = ("a.weight", "b.weight", "d.weight", "c.weight")
+
+
+def test_a_copy_shares_what_functions_share_and_keeps_what_is_not_the_models():
+    def both(module, log):
+        total = 0
+
+        def add(x):
+            nonlocal total
+            total += 1
+            log.append(total)
+            return module(x)
+
+        return add, lambda: total
+
+    model, log = mlp(), []
+    model.add, model.total = both(model[0], log)
+    other = copied(model)
+    other.add(X)
+    assert (other.total(), model.total(), log) == (1, 0, [1])
+
+
+def test_results_that_a_model_keeps_in_containers_are_no_hindrance():
+    model = mlp()
+    model.kept = {"last": [model(X)]}
+    prepared = qgraph.prepare(model, "W4", X)
+    assert torch.equal(prepared.kept["last"][0], model.kept["last"][0])
+
+
+def test_a_model_that_cannot_be_copied_says_what_to_do():
+    class Settings(dict):
+        __getattr__ = dict.__getitem__
+
+    model = mlp()
+    model.settings = Settings(width=3)
+    with pytest.raises(qgraph.CaptureError, match=r"Sequential cannot be copied.*inplace=True"):
+        qgraph.prepare(model, "W4", X)
+    assert qgraph.prepare(model, "W4", X, inplace=True) is model
+
+
+def scaled(layer):
+    """A layer with a forward of its own, as those who patch models write it."""
+    before = layer.forward
+
+    def forward(self, x, shift=1.0):
+        return before(x) * self.scale + shift
+
+    layer.scale, layer.forward = 2.0, types.MethodType(forward, layer)
+    return layer
+
+
+class Patched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.bare = scaled(nn.Linear(16, 8)), nn.Linear(8, 8), nn.Module()
+        self.b.forward = lambda x: F.linear(x, self.b.weight * 2)
+        self.bare.w = nn.Parameter(torch.randn(8, 3))
+        self.bare.forward = functools.partial(torch.matmul, other=self.bare.w)
+
+    def forward(self, x):
+        return self.bare(self.b(self.a(x, shift=0.5)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_forward_that_was_set_on_an_object_is_captured(inplace, tmp_path):
+    model = Patched()
+    expected = model(X)
+    prepared = qgraph.prepare(model, "W4", X, inplace=inplace)
+    names = ("a.weight", "b.weight.derived", "bare.w")
+    assert [(site.name, site.reason, site.captured) for site in sites(prepared)] == [(n, None, True) for n in names]
+    for same in (prepared, copy.deepcopy(prepared)):
+        assert not torch.equal(same(X), expected)
+        with qgraph.disabled(same):
+            assert torch.equal(same(X), expected)
+    compiled = torch.compile(prepared, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(X), prepared(X))
+    report = qgraph.export(prepared.eval(), tmp_path / "patched.onnx", (X,), progress=False)
+    assert len(report.layers) == 3
 
 
 def test_a_learned_step_of_a_weight_that_is_passed_to_a_child():

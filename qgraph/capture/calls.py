@@ -167,13 +167,13 @@ class Setter:
         setattr(tensor, self.name, value)
 
 
-def boolean_index(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+def boolean_index(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this call selects by a mask, or lists positions, so that its result's size depends on data."""
     name = name_of(function)
     if name == "where":
         return len(args) == 1
     if name == "repeat_interleave":  # by tensors of counts alone is its length data
-        return len(args) < 2 or isinstance(args[1], Tensor)
+        return isinstance(args[1] if len(args) > 1 else kwargs.get("repeats", *args), Tensor)
     if name != "__getitem__":
         return False
     index = args[1] if isinstance(args[1], tuple) else (args[1],)

@@ -30,7 +30,7 @@ def install_all(model: nn.Module, shared: Shared) -> None:
     shared.install = install_made
     for path, module in model.named_modules():
         if _worth_capturing(module):
-            install(module, ModuleState(shared, path, type(module).forward))
+            install(module, ModuleState(shared, path, module.forward))
 
 
 def install_made(module: nn.Module, path: str, shared: Shared) -> None:
@@ -38,7 +38,7 @@ def install_made(module: nn.Module, path: str, shared: Shared) -> None:
     for below, child in module.named_modules(prefix=path):
         ours = "qgraph" in below.split(".")  # quantizers of a module that was captured before
         if STATE not in child.__dict__ and not ours and _worth_capturing(child):
-            install(child, ModuleState(shared, below, type(child).forward))
+            install(child, ModuleState(shared, below, child.forward))
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], progress: Callable[[str], None]) -> None:
@@ -96,10 +96,12 @@ def _set_mode(model: nn.Module, modes: list[tuple[nn.Module, bool]], training: b
 def _worth_capturing(module: nn.Module) -> bool:
     if isinstance(module, ParametrizationList):
         return True  # its result is a weight, also where the layer that asks for it stays Python
-    if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction, *_NO_SITES)):
+    if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         return False
+    if "forward" in module.__dict__:  # set on the object itself: it may do anything
+        return True
     kind = type(module)
-    if kind.forward is nn.Module.forward or "forward" in module.__dict__:
+    if kind.forward is nn.Module.forward or isinstance(module, _NO_SITES):
         return False
     if kind.__module__.startswith("torch.nn.modules"):
         return next(module.parameters(), None) is not None or isinstance(module, nn.modules.lazy.LazyModuleMixin)

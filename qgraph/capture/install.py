@@ -35,12 +35,12 @@ from qgraph.capture.source import raised_at
 from qgraph.capture.state import ModuleState
 from qgraph.capture.variants import MAX_VARIANTS, Call, Variant, shapes
 from qgraph.errors import CaptureError
-from qgraph.graph import STATE, quantizer_modules
+from qgraph.graph import OWN_FORWARD, STATE, quantizer_modules
 from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer, exports_python
 
 _MOST_TRIED = 2  # graphs in one call
 
-_classes: dict[type, type] = {}
+_classes: dict[tuple[type, bool], type] = {}
 
 # In eval these have a fused path of torch's own, which a graph does not take: with every quantizer off they may.
 _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -51,14 +51,19 @@ class Captured:
 
 
 def install(module: nn.Module, state: ModuleState) -> None:
-    """Give a module its captured class and state."""
+    """Give a module its captured class and state. A `forward` that was set on the object itself steps aside for it."""
     module.__dict__[STATE] = state
-    module.__class__ = captured_class(type(module))
+    own = module.__dict__.pop("forward", None)
+    if own is not None:
+        module.__dict__[OWN_FORWARD] = own
+    module.__class__ = captured_class(type(module), own is not None)
 
 
 def uninstall(module: nn.Module) -> None:
     """Undo `install`."""
     module.__dict__.pop(STATE, None)
+    if OWN_FORWARD in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop(OWN_FORWARD)
     module.__class__ = base_class(type(module))
 
 
@@ -67,20 +72,28 @@ def base_class(cls: type) -> type:
     return cls.__mro__[1] if issubclass(cls, Captured) and Captured in cls.__bases__ else cls
 
 
-def captured_class(cls: type) -> type:
-    """The subclass of `cls` whose forward runs captured graphs; made once for each class."""
-    found = _classes.get(cls)
+def captured_class(cls: type, own: bool = False) -> type:
+    """The subclass of `cls` whose forward runs captured graphs; made once for each class, and for objects of it with a
+    forward of their own.
+    """
+    found = _classes.get((cls, own))
     if found is None:
-        found = _classes.setdefault(cls, _make_class(cls))  # of two threads, the first
+        found = _classes.setdefault((cls, own), _make_class(cls, own))  # of two threads, the first
     return found
 
 
-def _make_class(cls: Any) -> type:
+def _own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module.__dict__[OWN_FORWARD](*args, **kwargs)
+
+
+def _make_class(cls: Any, own: bool) -> type:
+    original = _own_forward if own else cls.forward
+
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if active.count or Running.count:
-            return dispatch(self, cls.forward, args, kwargs)
-        return _run(self, cls.forward, args, kwargs)
+            return dispatch(self, original, args, kwargs)
+        return _run(self, original, args, kwargs)
 
     def named_children(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # A forward that loops over its children must not meet the quantizers; `.to` and `fully_shard` must.
@@ -90,7 +103,7 @@ def _make_class(cls: Any) -> type:
     def reduce(self: nn.Module, protocol: int) -> Any:
         # The class is made at run time, so a pickle names the user's class.
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _restore, (cls,), state
+        return _restore, (cls, own), state
 
     namespace = {
         "forward": entry(cls, forward),
@@ -105,8 +118,8 @@ def _make_class(cls: Any) -> type:
     return type(cls.__name__, (cls, Captured), namespace)
 
 
-def _restore(cls: type) -> Any:
-    return copyreg.__newobj__(captured_class(cls))  # type: ignore[attr-defined]
+def _restore(cls: type, own: bool = False) -> Any:
+    return copyreg.__newobj__(captured_class(cls, own))  # type: ignore[attr-defined]
 
 
 def dispatch(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

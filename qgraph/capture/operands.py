@@ -98,7 +98,7 @@ class OperandTracker:
     def at_call(self, call: SiteCall, args: tuple[Any, ...], kwargs: dict[str, Any], quantize: bool) -> tuple[Any, Any]:
         """The same for a call whose operands are known."""
         values = [operand.get(args, kwargs) for operand in call.operands]
-        sources = [self.source(value) for value in values]
+        sources = [self.source(v).of(v.dtype) if isinstance(v, Tensor) else self.source(v) for v in values]
         site = place(call, sources, self.owner, lambda key, i: self._ordinal(key, values[i]))
         if site is None:
             return args, kwargs

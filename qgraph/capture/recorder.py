@@ -120,7 +120,7 @@ class Recorder(TorchFunctionMode):
             self.counters.hide()
             self.effects.release()
             raise
-        self._ended = definition(forward)
+        self._ended = definition(self.module, forward)
         self._finish(result)
         return plain(result)
 
@@ -288,7 +288,7 @@ class Recorder(TorchFunctionMode):
         node = self.graph.create_node(op, target, tuple(node_args), node_kwargs, name=variable or calls.name_of(func))
         node.meta["where"] = where
         self._guard_length(node, calls.name_of(func), result)
-        data_dependent = calls.name_of(func) in calls.DATA_SHAPES or calls.boolean_index(func, args)
+        data_dependent = calls.name_of(func) in calls.DATA_SHAPES or calls.boolean_index(func, args, kwargs)
         self._data_shapes.update([where] if data_dependent else ())
         return self.values.result(node, result, args, kwargs, versions, data_dependent)
 

@@ -275,7 +275,7 @@ class Session:
         elif reason is None and (entry := state.known_opaque(call, module.training)) is not None:
             reason = entry.reason
         training, before = module.training, len(state.variants)
-        recorder = Recorder(module, state, self.quantize, reason, self.where or definition(forward))
+        recorder = Recorder(module, state, self.quantize, reason, self.where or definition(module, forward))
         self.stack.append(recorder)
         try:
             result = recorder.run(forward, call.names, args, {name: kwargs[name] for name in sorted(kwargs)})

@@ -11,6 +11,9 @@ import sys
 from types import CodeType, FrameType
 
 import torch
+from torch import nn
+
+from qgraph.graph import OWN_FORWARD
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -58,8 +61,9 @@ def within_call_of(kind: type, outermost: CodeType) -> bool:
     return False
 
 
-def definition(function: object) -> str:
-    """``file:line`` where a function is written."""
+def definition(module: nn.Module, function: object) -> str:
+    """``file:line`` where the forward of a module is written."""
+    function = module.__dict__.get(OWN_FORWARD, function)
     code = getattr(function, "__code__", None) or getattr(getattr(function, "__wrapped__", None), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else "<unknown>:0"
 

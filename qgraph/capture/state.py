@@ -116,8 +116,9 @@ class ModuleState:
 
 
 def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments that a module's forward (bound to it) takes by position."""
     try:
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):
         return ()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

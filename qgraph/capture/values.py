@@ -6,6 +6,7 @@ Whatever Python decides by it (a branch, a range, an index) becomes a guard; ari
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": "/", "pow": "**",
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
 }  # fmt: skip
+_ROUNDING = frozenset({math.floor, math.ceil, math.trunc})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +64,7 @@ class Operation:
 
     def source(self) -> str | None:
         texts = [o.source() if isinstance(o, (Leaf, Operation)) else repr(o) for o in self.operands]
-        if any(t is None for t in texts):
+        if any(t is None for t in texts) or self.function in _ROUNDING:  # a guard's text knows no `math`
             return None
         if len(texts) == 1:
             return f"(-{texts[0]})"
@@ -162,11 +164,11 @@ class _Traced:
 
     def __abs__(self): return abs(self._specialize())  # fmt: skip
 
-    def __floor__(self): return self._specialize().__floor__()  # fmt: skip
+    def __floor__(self): return self._calculate(math.floor, self)  # fmt: skip
 
-    def __ceil__(self): return self._specialize().__ceil__()  # fmt: skip
+    def __ceil__(self): return self._calculate(math.ceil, self)  # fmt: skip
 
-    def __trunc__(self): return self._specialize().__trunc__()  # fmt: skip
+    def __trunc__(self): return self._calculate(math.trunc, self)  # fmt: skip
 
     def __divmod__(self, other): return self // other, self % other  # fmt: skip
 

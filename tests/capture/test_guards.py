@@ -4,6 +4,7 @@ silently float, and counted."""
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from types import SimpleNamespace
 
@@ -288,3 +289,28 @@ def test_quantizers_switched_off_one_by_one():
     assert not any(torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
     qgraph.set_enabled(prepared, True)
     assert torch.equal(prepared(x), results[0])
+
+
+class RoundedSizes(nn.Module):
+    """Sizes that `math` rounds: as the length of a result, and to decide by."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        n = x.shape[1]
+        y = F.pad(self.fc(x), (0, 0, 0, math.ceil(n / 4) * 4 - n))[:, : math.floor(n * 0.75)]
+        half = y[:, : math.trunc(y.shape[1] / 2)]
+        return half * 2 if math.ceil(n / 4) > 2 else half
+
+
+def test_sizes_that_math_rounds_stay_sizes():
+    model = RoundedSizes().eval()
+    prepared = qgraph.prepare(model, "W4", torch.randn(2, 7, 4)).eval()
+    with qgraph.disabled(prepared):
+        for n, misses in ((7, 0), (5, 0), (8, 0), (9, 1), (20, 1), (6, 1)):  # from 9 on, the other branch
+            x = torch.randn(2, n, 4)
+            for same in (prepared, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+                assert torch.equal(same(x), model(x))
+            assert coverage(prepared).guard_misses == misses

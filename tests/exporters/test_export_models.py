@@ -4,6 +4,7 @@ report.
 
 import dataclasses
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -165,9 +166,13 @@ def test_a_size_that_is_a_constant_is_reported_as_one(tmp_path):
     net = qgraph.prepare(Loop(), "W4", (x,)).eval()
     report = export(net, tmp_path / "m.onnx", (x,))
     assert report.dynamic == ("x: 0=batch",)
-    assert any("not dynamic: x: 0=batch, 1=sequence" in note for note in report.notes)
+    line = Loop.forward.__code__.co_firstlineno + 2
+    made = f"dimension 1 of x is made the constant 4 by {__file__}:{line} (in forward)"
+    assert f"not dynamic: x: 0=batch, 1=sequence ({made})" in report.notes
     x = torch.randn(5, 4, 8)
     assert differ(net(x), run(tmp_path / "m.onnx", x=x)[0]) < TOLERANCE
+    with pytest.raises(ExportError, match=re.escape(made)):
+        export(net, tmp_path / "m.onnx", (x,), dynamic_shapes={"x": {1: "time"}})
 
 
 @pytest.mark.parametrize(
@@ -485,6 +490,36 @@ def test_sizes_that_were_asked_for_are_checked_at_twice_the_example_too(tmp_path
     torch.manual_seed(0)
     x = torch.randn(2, 8, 4)
     prepared = qgraph.prepare(Special(), "W4", (x,)).eval()
-    with pytest.raises(ExportError, match=r"on twice the sizes.*name fewer dimensions"):
+    decides = f"{__file__}:{Special.forward.__code__.co_firstlineno + 2} (in forward) decides by a size"
+    with pytest.raises(ExportError, match=re.escape(decides)) as raised:
         qgraph.export(prepared, tmp_path / "m.onnx", (x,), dynamic_shapes={"x": {1: "length"}}, progress=False)
+    assert "on twice the sizes" in str(raised.value.__cause__)
     assert not list(tmp_path.iterdir())
+
+
+class OldStyle(nn.Module):
+    """Code from the days of `.data`: a mask on a weight and on scores, state from a tensor; squeezes of nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        self.register_buffer("mask", torch.ones(4, 2, 3, 3).tril())
+
+    def forward(self, x):
+        self.conv.weight.data *= self.mask
+        y = self.conv(x).mean((2, 3))
+        scores = y.squeeze(1).softmax(-1)
+        scores.data.masked_fill_(y < 0, 0.25)
+        state = x.data.new_zeros(x.shape[0], 4) + scores[:, None].squeeze((0, 1))
+        return self.out(state * y).squeeze(-1)
+
+
+def test_data_of_tensors_and_squeezes_of_longer_dimensions_are_written_out(tmp_path):
+    path, x = tmp_path / "old.onnx", torch.randn(3, 2, 5, 5)
+    model = OldStyle().eval()
+    model(x)  # from here on the mask changes nothing
+    prepared = qgraph.prepare(model, "W4", x).eval()
+    report = qgraph.export(prepared, path, (x,), progress=False)
+    assert report.dynamic == ("x: 0=batch",)
+    other = torch.randn(5, 2, 5, 5)
+    assert np.allclose(run(path, x=other.numpy())[0], prepared(other).detach().numpy(), atol=1e-5)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import qgraph
+from qgraph.copying import copied
 from qgraph.graph import coverage, sites
 from qgraph.modules import ActivationQuantizer, Sparsifier, WeightQuantizer
 from tests.zoo.census import Census, counting
@@ -115,19 +116,13 @@ def run(model: nn.Module, call: Call, training: bool, start: nn.Module | None = 
     return Run(out, gradients, state)
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; of what the last forward left in an attribute, which torch does not copy, the values."""
-    left = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in left})
-
-
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.dtype != b.dtype or a.shape != b.shape:
             return False
         if torch._C._functorch.is_functorch_wrapped_tensor(a):  # seen by a hook inside a transform that is over
             return torch._C._functorch.is_functorch_wrapped_tensor(b)
-        return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        return torch.equal(torch.nan_to_num(a.detach()), torch.nan_to_num(b.detach()))  # complex ones have no gradient
     return type(a) is type(b) and a == b
 
 

@@ -156,7 +156,7 @@ class NormedOpaque(nn.Module):
 
 @trap(rows(6))
 class Spellings(nn.Module):
-    """Products by their rarer names: of vectors, of the linalg namespace, and torch's operators themselves."""
+    """Products by their rarer names: of vectors, of the linalg namespace, torch's operators themselves; a keyword."""
 
     def __init__(self):
         super().__init__()
@@ -169,4 +169,5 @@ class Spellings(nn.Module):
         h = torch.chain_matmul(torch.ops.aten.linear(h, self.w[2]), self.w[3], self.w[4])
         ends = torch.dot(h[0], self.v) + torch.vdot(self.u, h[1]) + torch.linalg.vecdot(h, self.r)
         y = torch.convolution(h[:, None], self.c, None, [1], [0], [1], False, [0], 1)
+        y = torch.repeat_interleave(y, dim=2, repeats=2)
         return ends[:, None], torch.ops.aten.convolution(y, self.d, None, [1], [0], [1], True, [0], 1)
