@@ -23,6 +23,7 @@ from qgraph.errors import CaptureError
 from qgraph.ops import Groups, Quantized, fake_quantize, initial_step, quantize, sparsify, sparsity_mask
 from qgraph.ops.bits import Compact
 from qgraph.ops.memo import Memo
+from qgraph.ops.memory import LARGE, give_back
 from qgraph.ops.sharded import whole
 from qgraph.ops.sparsity import apply_mask
 from qgraph.ops.sr_ste import SparseRefined
@@ -266,6 +267,8 @@ class WeightQuantizer(Quantizer):
         deployed = deployed.with_scales_of(self.scale_dtype)
         if run.collected is not None:
             run.collected.add_weight(self.site, deployed)
+            if weight.numel() >= LARGE:
+                give_back()
         return weight if self.scale_dtype == torch.float32 else deployed.dequantize().to(weight.dtype)
 
 

@@ -34,6 +34,7 @@ from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation
 from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
 from qgraph.modules import ActivationForm, Collected
 from qgraph.ops import Quantized
+from qgraph.ops.memory import LARGE, give_back
 
 
 @dataclass(slots=True)
@@ -177,6 +178,8 @@ class _Lowering:
             sparsity = self.collected.sparsity.get(site)
             aligned, stored = digest in self.gathered, self.options.stored_scales
             packed = pack(quantized, sparsity=sparsity, align_rows=aligned, scale_dtype=stored)
+            if packed.nbytes >= LARGE:
+                give_back()
         else:
             packed = self.records[first].packed
         self.records[site] = WeightRecord(site, packed, None if first == site else first)
