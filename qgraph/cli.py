@@ -68,7 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows it in a browser")
     _takes_inputs(inspect)
 
-    diff = _command(commands, "diff", _diff, "which weights two models or files treat differently; 1 if any")
+    diff = _command(
+        commands,
+        "diff",
+        _diff,
+        "which weights differ in two models or files: spec, shape, bytes, of two files values; 1 if any",
+    )
     diff.add_argument("a", help=f"an .onnx file, or {FACTORY}")
     diff.add_argument("b", help="the same")
 
