@@ -43,7 +43,8 @@ def test_a_file_of_ours_says_what_the_model_said(exported):
     names = {item.name for item in found.floats}
     assert {"0.bias", "1.weight", "1.bias", "2.bias"} <= names
     text = found.text(120)
-    assert "0.weight" in text and "file: " in text and "no quantized" in text
+    assert "0.weight" in text and "file: " in text
+    assert {item.reason for item in found.floats} == {"no weight of a site"}  # true of biases too
     assert json.loads(found.to_json())["layers"][0]["weight"]["bits"] == 4
     assert found.graphs == {} and str(qgraph.inspect(str(path))) == str(found)
 
