@@ -168,7 +168,7 @@ def _leftovers(model: nn.Module, file: ir.Model, lowered: Lowered, own: set[str]
             if name in reasons:
                 reason = reasons[name]
             else:
-                reason = "no quantized operation uses it" if name in own else "a constant of the graph"
+                reason = "no weight of a site" if name in own else "a constant of the graph"
             found.append(Leftover(name, value.const_value.nbytes, reason))
     return tuple(found)
 

@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 from rich.table import Table
 
 from qgraph.config import QuantSpec
@@ -431,10 +433,8 @@ def stored_bytes(site: str, sizes: Mapping[str, int]) -> int:
 
 
 def _nbytes(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    """As stored: two values of 4 bits are a byte."""
+    return -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
 
 
 def _cells(layer: LayerReport) -> list[str]:

@@ -24,15 +24,21 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 FAILED, WRONG = 2, 1
+CLOSED = 128 + 13  # what a shell says of a program that SIGPIPE ended
 FACTORY = "module:factory, a callable without arguments that returns a model, or (model, example_inputs)"
 INPUT = "an example input as SHAPE[:DTYPE], such as 1x3x32x32 or 2x16:int64; once for each argument of forward"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for a file that is wrong or differs, 2 for an error."""
+    """Run one command; returns the exit code: 0, 1 for a file that is wrong or differs, 2 for an error, 141 unread."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `qgraph inspect ... | head`: nobody reads on, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
     except (QGraphError, OSError) as error:
         if os.environ.get("QGRAPH_DEBUG"):
             raise
@@ -68,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows it in a browser")
     _takes_inputs(inspect)
 
-    diff = _command(commands, "diff", _diff, "which weights two models or files treat differently; 1 if any")
+    diff = _command(
+        commands,
+        "diff",
+        _diff,
+        "which weights differ in two models or files: spec, shape, bytes, of two files values; 1 if any",
+    )
     diff.add_argument("a", help=f"an .onnx file, or {FACTORY}")
     diff.add_argument("b", help="the same")
 

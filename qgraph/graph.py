@@ -262,22 +262,24 @@ def sites(model: nn.Module) -> list[SiteRecord]:
         owner = state.owner(module)
         for variant in state.variants:
             for found in find_sites(variant.graph, owner):
-                for placed in found.site.weights:
+                for i, placed in enumerate(found.site.weights):
                     node = unquantized(found.operand_node(placed))
                     shape = tuple(node.meta.get("shape", ()))
                     where = found.node.meta.get("where", "")
-                    record = _record(owner, found.site, placed, shape, where, node)
+                    record = _record(owner, found.site, i, shape, where, node)
                     records.setdefault((path, placed.site, record.op), record)
         for site, where, shapes in state.python_sites.values():
-            for placed, shape in zip(site.weights, shapes, strict=True):
-                record = _record(owner, site, placed, shape, where, None)
+            for i, (placed, shape) in enumerate(zip(site.weights, shapes, strict=True)):
+                record = _record(owner, site, i, shape, where, None)
                 records.setdefault((path, placed.site, record.op), record)
     return list(records.values())
 
 
 def _record(
-    owner: Owner, site: Site, placed: Any, shape: tuple[int, ...], where: str, node: fx.Node | None
+    owner: Owner, site: Site, number: int, shape: tuple[int, ...], where: str, node: fx.Node | None
 ) -> SiteRecord:
+    """What is known of weight `number` of a site."""
+    placed = site.weights[number]
     config = owner.config
     container = owner.module._modules.get("qgraph")
     quantizer: Any = None
@@ -287,7 +289,8 @@ def _record(
         held = container._modules
         name = placed.key.replace(".", "__")
         quantizer, sparsifier = held.get(name), held.get(f"{name}__sparsifier")
-        activation = held.get(site.inputs[0].key.replace(".", "__")) if site.inputs else None
+        if number < len(site.inputs):  # an LSTM's hidden weights and its layers above multiply float values
+            activation = held.get(site.inputs[number].key.replace(".", "__"))
     reason = None
     if quantizer is None and sparsifier is None:
         if config is None:

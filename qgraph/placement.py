@@ -175,8 +175,16 @@ def _placed_weight(
     prefix = f"{owner.path}." if owner.path else ""
     if source.exact:
         site = source.names[0]
-        return Placed(operand, source, site.removeprefix(prefix), site)
+        return Placed(operand, source, _own_name(site, owner, prefix), site)
     name = "+".join(n.removeprefix(prefix) for n in source.names)
     number = ordinal(name, i)
     key = f"{name}_{number}" if number else f"{name}.derived"
     return Placed(operand, source, key, f"{prefix}{key}")
+
+
+def _own_name(site: str, owner: Owner, prefix: str) -> str:
+    """A parameter's name in its module: a tied layer's ``weight`` is that, whichever module the site is named after."""
+    if site.startswith(prefix):
+        return site.removeprefix(prefix)
+    names = owner.module._parameters
+    return next((name for name in names if owner.shared.canonical_name(owner.path, name) == site), site)

@@ -144,7 +144,7 @@ def verify(path: str | Path, model: nn.Module, example_inputs: Any, **example_kw
     Raises
     ------
     InspectError
-        Where the file's inputs or outputs are not the model's.
+        Where the file's inputs or outputs are not the model's, or one of the two does not run on the inputs.
     """
     from qgraph.exporters.signature import flat_model, flatten_inputs
 
@@ -161,9 +161,15 @@ def verify(path: str | Path, model: nn.Module, example_inputs: Any, **example_kw
     try:
         with torch.no_grad():
             wanted = flat_model(model.eval(), inputs)(*inputs.tensors)
+    except Exception as error:
+        raise InspectError(f"verify: the model does not run on the inputs: {type(error).__name__}: {error}") from error
     finally:
         model.train(training)
-    got = session.run(None, {name: found[name].detach().cpu().numpy() for name in expected})
+    try:
+        got = session.run(None, {name: found[name].detach().cpu().numpy() for name in expected})
+    except Exception as error:
+        takes = ", ".join(f"{item.name} of {item.shape}" for item in session.get_inputs())
+        raise InspectError(f"verify: {path} takes {takes}, and does not run on the inputs: {error}") from error
     return compare_outputs(str(path), got, [tensor.detach().cpu().float().numpy() for tensor in wanted])
 
 

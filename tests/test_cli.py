@@ -260,3 +260,12 @@ def test_the_console_script_looks_for_modules_here(work: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kind"] == "eager"
+
+
+def test_a_reader_that_stops_early_is_no_failure(work: Path) -> None:
+    command = [sys.executable, "-m", "qgraph.cli", "inspect", "zoo_of_cli:net"]
+    process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as head does
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=120) == 141

@@ -205,6 +205,28 @@ def test_a_tied_weight_has_one_quantizer_also_when_used_transposed():
     assert len(sites(prepared)) == 2 and len(quantizers) == 1
 
 
+def test_a_tied_layer_has_its_quantizers_once_and_before_its_first_call():
+    """The optimizer is made right after `prepare`: a learned step that comes later, or that nothing uses, is none."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, ids):
+            return self.head(self.emb(ids))
+
+    lsq = qgraph.QuantSpec(4, method="lsq")
+    config = qgraph.QConfig(lsq, qgraph.QuantSpec(4, method="lsq", granularity="tensor"), None)
+    prepared = qgraph.prepare(Tied(), config)
+    before = [name for name, _ in prepared.named_parameters()]
+    prepared(torch.randint(0, 10, (2, 3))).sum().backward()
+    assert [name for name, _ in prepared.named_parameters()] == before
+    assert "head.qgraph.input.step" in before
+    assert all(parameter.grad is not None for parameter in prepared.parameters())
+
+
 def test_training_lowers_the_loss_and_pruned_weights_come_back():
     torch.manual_seed(0)
     prepared = qgraph.prepare(mlp(), "A4W1-2:4", X)

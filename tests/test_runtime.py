@@ -72,6 +72,10 @@ def test_a_file_of_the_model_and_one_of_another(tmp_path: Path) -> None:
 def test_names_and_shapes_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(InspectError, match="takes tokens, and the example holds input; no tokens among them"):
         verify(write(tmp_path / "a.onnx", name="tokens"), Twice(), (torch.randn(4, 3),))
+    with pytest.raises(InspectError, match=r"a\.onnx takes input of \['batch', 3\], and does not run on the inputs"):
+        verify(write(tmp_path / "a.onnx"), Twice(), (torch.randn(4, 5),))
+    with pytest.raises(InspectError, match="the model does not run on the inputs: RuntimeError"):
+        verify(write(tmp_path / "a.onnx"), Twice(torch.ones(7)), (torch.randn(4, 3),))
     with pytest.raises(InspectError, match="gives outputs of shapes"):
         compare_outputs("a.onnx", [np.zeros((2, 3))], [np.zeros((2, 4))])
 

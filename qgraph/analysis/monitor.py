@@ -217,9 +217,7 @@ class Monitor:
         if place == 0:
             self._codes = []
         if place < BURST - 1:
-            self._codes.append(
-                {site: (op.spec, small_codes(op.quantized())) for site, _, op in self._operands(grads=False)}
-            )
+            self._codes.append(self._coded(step))
         elif place == BURST - 1 and len(self._codes) == BURST - 1:
             self._measure(step)
             self._codes = []
@@ -241,6 +239,17 @@ class Monitor:
         )
 
     @torch.no_grad()
+    def _coded(self, step: int) -> dict[str, tuple[QuantSpec, Tensor]]:
+        """The codes of every weight; one that is not finite is noted here, before the optimizer spreads it to all."""
+        codes = {}
+        for site, record, operand in self._operands(grads=False):
+            found = operand.quantized()
+            codes[site] = (operand.spec, small_codes(found))
+            if (problem := problem_of(operand, found)) is not None:
+                self._note(WeightReading(site, record.path, str(operand.spec), step, problem), operand.spec)
+        return codes
+
+    @torch.no_grad()
     def _measure(self, step: int) -> None:
         readings = []
         for site, record, operand in self._operands(grads=True):
@@ -249,14 +258,16 @@ class Monitor:
             readings.append(reading)
             assert found.scale is not None
             self._scales[site] = (operand.spec, found.scale)
-            for symptom in symptoms(reading, operand.spec):
-                known = self._symptoms.get((site, symptom.kind))
-                self._symptoms[site, symptom.kind] = (
-                    symptom if known is None else replace(symptom, first_step=known.first_step)
-                )
+            self._note(reading, operand.spec)
         self._measurements += 1
         self._last = {reading.site: reading for reading in readings}
         self._tell(step, tuple(readings))
+
+    def _note(self, reading: WeightReading, spec: QuantSpec) -> None:
+        for symptom in symptoms(reading, spec):
+            key = reading.site, symptom.kind
+            known = self._symptoms.get(key)
+            self._symptoms[key] = symptom if known is None else replace(symptom, first_step=known.first_step)
 
     def _reading(self, site: str, record: SiteRecord, operand: Operand, found: Quantized, step: int) -> WeightReading:
         problem = problem_of(operand, found)

@@ -6,15 +6,16 @@ import difflib
 import io
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
-from torch import nn
+from torch import fx, nn
 
 from qgraph.errors import InspectError
-from qgraph.graph import STATE, coverage, states, without_quantizers
+from qgraph.graph import STATE, coverage, is_quantizer, states, without_quantizers
 from qgraph.inspection.code import graph_text, short_where
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PassRecord", "RewrittenCode", "pass_records", "rewritten_code"]
 
+SHOWN = 6  # modules that a title names
 STYLES = {"---": "bold", "+++": "bold", "@@": "cyan", "+": "green", "-": "red"}
 
 
@@ -117,18 +119,36 @@ def rewritten_code(model: nn.Module, path: str) -> RewrittenCode:
         pair = graph_text(without_quantizers(variant.graph)), graph_text(variant.graph)
         pairs.setdefault(pair, []).append("train" if variant.training else "eval")
     title = f"{path or 'the model'} ({type(module).__bases__[0].__name__})"
+    nothing = _nothing_inserted(path, found)
     diffs = [
-        _unified(before, after, f"{title}, {' and '.join(dict.fromkeys(modes))}")
+        _unified(before, after, f"{title}, {' and '.join(dict.fromkeys(modes))}", nothing)
         for (before, after), modes in pairs.items()
     ]
     return RewrittenCode(path, tuple(b for b, _ in pairs), tuple(a for _, a in pairs), "\n\n".join(diffs))
 
 
-def _unified(before: str, after: str, title: str) -> str:
+def _nothing_inserted(path: str, found: Mapping[str, Any]) -> str:
+    """What stands above the code of a module that calls no quantizer itself: which modules in it do."""
+    inner = [
+        name
+        for name, (_, state) in found.items()
+        if (not path or name.startswith(f"{path}.")) and any(map(is_quantizer, _nodes(state)))
+    ]
+    if not inner:
+        return "nothing inserted"
+    more = f" and {len(inner) - SHOWN} more" if len(inner) > SHOWN else ""
+    return f"nothing inserted but in {', '.join(inner[:SHOWN])}{more}"
+
+
+def _nodes(state: Any) -> Iterator[fx.Node]:
+    return (node for variant in state.variants for node in variant.graph.nodes)
+
+
+def _unified(before: str, after: str, title: str, nothing: str) -> str:
     """The whole code, so that every change stands below its line of the user's file."""
     old, new = before.splitlines(), after.splitlines()
     lines = difflib.unified_diff(old, new, f"{title}, before", f"{title}, after", lineterm="", n=len(old) + len(new))
-    return "\n".join(lines) or f"# {title}: nothing inserted\n{after}"
+    return "\n".join(lines) or f"# {title}: {nothing}\n{after}"
 
 
 def _style(line: str) -> str:

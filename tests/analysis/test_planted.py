@@ -105,6 +105,25 @@ def test_a_weight_with_nan_is_named_by_all_three(name):
 
 
 @pytest.mark.parametrize("name", PLANTED)
+def test_the_weight_that_a_nan_comes_from_is_in_front_though_a_step_spreads_it(name):
+    case = PLANTED[name]
+    model, inputs = case.make(), case.inputs()
+    prepared = qgraph.prepare(model, "W4", inputs)
+    site = f"{case.layer}.{case.weight}"
+    with torch.no_grad():
+        prepared.get_parameter(site).view(-1)[0] = math.nan
+    optimizer = torch.optim.SGD(prepared.parameters(), 1e-3)
+    watch = qgraph.monitor(prepared, every=3)
+    for _ in range(3):
+        prepared(*inputs).sum().backward()
+        watch.step()
+        optimizer.step()
+    found = watch.summary()
+    assert len({symptom.site for symptom in found.symptoms}) > 1
+    assert (found.worst.site, found.worst.first_step, found.worst.last_step) == (site, 0, 2)
+
+
+@pytest.mark.parametrize("name", PLANTED)
 def test_a_weight_that_is_lost_is_found(name):
     case = PLANTED[name]
     model, inputs = case.make(), case.inputs()

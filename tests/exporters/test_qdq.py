@@ -106,6 +106,8 @@ def test_blocks_and_float_zero_points_stay_exact(tmp_path):
     report = qgraph.export(model, tmp_path / "m.onnx", (x,), target="qdq", progress=False)
     assert report.max_difference <= 1e-5 and not report.flips
     assert report.layers[0].notes == ("its float zero points are an Add behind DequantizeLinear",)
+    assert report.layers[0].bytes == 64 * 64 // 2 + 64 * 2 * 8  # codes; a scale and a zero point each
+    assert qgraph.inspect(tmp_path / "m.onnx").layers[0].bytes_after == report.layers[0].bytes
     with pytest.raises(ExportError, match="blocks of 32 at opset 18"):
         qgraph.export(model, tmp_path / "n.onnx", (x,), target="qdq", opset=18, progress=False)
     assert not (tmp_path / "n.onnx").exists()

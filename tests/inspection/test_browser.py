@@ -124,6 +124,21 @@ def test_it_opens_without_a_network(browser, gpt):
     assert {url for url in browser.requests() if not url.startswith(("data:", "blob:"))} == {gpt.as_uri()}
 
 
+def test_the_panel_says_what_kind_of_scale_each_operand_has(driver, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    found = Browser(driver)
+    found.open(
+        qgraph.inspect(qgraph.prepare(model, "A4W2", (torch.ones(1, 3, 4, 4),))).to_html(tmp_path / "scales.html")
+    )
+    for weight, shared in (("0.weight", "sample"), ("2.weight", "token")):
+        found.search(weight, Keys.ENTER)
+        panel = found.text("#panel")
+        assert "2 bit affine, ddt, a windowed scale per channel" in panel
+        assert f"4 bit affine, ddt, a scale per {shared}" in panel
+        found.press(Keys.ESCAPE, Keys.ESCAPE)
+    assert found.complaints() == []
+
+
 def test_search_opens_what_is_around_and_shows_the_weight(browser):
     browser.press("c")
     assert not browser.is_open("blocks.1.attn.qkv")

@@ -90,6 +90,14 @@ def test_recurrent_layers_have_a_row_a_matrix():
     assert rows["lstm.weight_ih_l1"].bytes_before == 48 * 24 * 4
 
 
+def test_a_recurrent_layer_has_its_activation_at_the_weight_that_meets_the_input():
+    rows = by_site(qgraph.inspect(prepared_case("recurrent")))
+    assert [name for name, row in rows.items() if row.op in ("lstm", "gru") and row.activation is not None] == [
+        "lstm.weight_ih_l0",
+        "gru.weight_ih_l0",
+    ]
+
+
 def test_a_parametrized_weight_is_measured_as_it_is_used():
     prepared = prepared_case("parametrized", "W3")
     row = next(r for r in qgraph.inspect(prepared).layers if r.path == "0")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 
 import networkx as nx
 import numpy as np
@@ -14,6 +16,7 @@ from torch import nn
 
 import qgraph
 from qgraph.exporters.onnx import export
+from qgraph.inspection.difference import difference
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,47 @@ def test_a_file_of_ours_says_what_the_model_said(exported):
     names = {item.name for item in found.floats}
     assert {"0.bias", "1.weight", "1.bias", "2.bias"} <= names
     text = found.text(120)
-    assert "0.weight" in text and "file: " in text and "no quantized" in text
+    assert "0.weight" in text and "file: " in text
+    assert {item.reason for item in found.floats} == {"no weight of a site"}  # true of biases too
     assert json.loads(found.to_json())["layers"][0]["weight"]["bits"] == 4
     assert found.graphs == {} and str(qgraph.inspect(str(path))) == str(found)
+
+
+def test_the_difference_of_two_files_is_in_their_values_too(exported, tmp_path):
+    prepared, path = exported
+    again = copy.deepcopy(prepared)
+    export(again, tmp_path / "same.onnx", (torch.randn(2, 32),), target="standard", progress=False)
+    found = difference(qgraph.inspect(path), qgraph.inspect(tmp_path / "same.onnx"))
+    assert not found.changes and found.same == 2
+    with torch.no_grad():
+        again[2].weight.mul_(-1)
+    export(again, tmp_path / "other.onnx", (torch.randn(2, 32),), progress=False)
+    found = difference(qgraph.inspect(path), qgraph.inspect(tmp_path / "other.onnx"))
+    (change,) = found.changes
+    assert (change.site, change.kind) == ("2.weight", "values")
+    assert change.snr_db == pytest.approx(20 * math.log10(1 / 2), abs=0.5)  # as far as the grid is symmetric
+    assert "values, -6" in str(found) and found.to_dict()["changes"][0]["snr_db"] == change.snr_db
+    assert not difference(qgraph.inspect(prepared), qgraph.inspect(path)).changes
+
+
+def test_a_tied_layer_is_no_difference(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, ids):
+            return self.head(self.emb(ids))
+
+    ids = torch.randint(0, 12, (2, 5))
+    prepared = qgraph.prepare(Tied(), "A8W4", (ids,))
+    export(prepared, tmp_path / "tied.onnx", (ids,), progress=False)
+    sides = qgraph.inspect(prepared), qgraph.inspect(tmp_path / "tied.onnx")
+    assert [len(side.layers) for side in sides] == [2, 1]
+    for a, b in (sides, sides[::-1]):
+        found = difference(a, b)
+        assert not found.changes and found.same == 1
 
 
 def test_a_file_of_ours_as_a_network(exported):

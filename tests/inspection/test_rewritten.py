@@ -79,12 +79,20 @@ def test_colours_are_only_colours(capsys, monkeypatch):
     assert str(code) == code.diff
 
 
-def test_a_module_without_quantizers_says_so():
-    torch.manual_seed(0)
-    prepared = qgraph.prepare(
-        nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), nn.Tanh()), "W4", torch.ones(2, 4)
-    )
-    assert "nothing inserted" in qgraph.inspect(prepared).code("0").diff
+def test_a_module_without_quantizers_says_so_and_where_they_are():
+    def code(*rules):
+        model = nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), nn.Tanh())
+        config = qgraph.QConfig.parse("W4").with_rules(*rules)
+        return qgraph.inspect(qgraph.prepare(model, config, torch.ones(2, 4))).code("0").diff
+
+    assert code().startswith("# 0 (Sequential), eval and train: nothing inserted but in 0.1\n")
+    assert code(qgraph.Rule("0.1", None)).startswith("# 0 (Sequential), eval and train: nothing inserted\n")
+
+
+def test_of_many_modules_a_title_names_the_first():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
+    code = qgraph.inspect(qgraph.prepare(model, "W4", torch.ones(2, 4))).code("")
+    assert "nothing inserted but in 0, 1, 2, 3, 4, 5 and 3 more\n" in code.diff
 
 
 def test_wrong_paths_and_other_models_are_said():

@@ -232,7 +232,7 @@ const Panel = (() => {
         ["operation", row.op],
         ["shape", `${row.shape.join(" × ")} ${row.dtype}`],
         ["weight", row.weight ? describe(row.weight) + pruned : pruned.slice(2) || null],
-        ["activation", row.activation ? describe(row.activation) : null],
+        ["activation", row.activation ? describe(row.activation, row.op) : null],
         ["groups", row.groups],
         ["bits a weight", row.tied_to ? null : row.bits_per_weight.toFixed(2)],
         ["in the file", row.form],
@@ -244,9 +244,11 @@ const Panel = (() => {
     );
   }
 
-  function describe(spec) {
-    const per = spec.granularity === "block" ? `block of ${spec.group_size}` : spec.granularity;
-    return `${spec.bits} bit ${spec.scheme}, ${spec.method}, a scale per ${per}`;
+  function describe(spec, op = "") {
+    const token = /^conv/i.test(op) ? "sample" : "token";
+    const per = { block: `block of ${spec.group_size}`, token }[spec.granularity] || spec.granularity;
+    const scale = `${spec.range === "static" ? "static" : "a"} ${spec.scale === "minmax" ? "" : `${spec.scale} `}scale`;
+    return `${spec.bits} bit ${spec.scheme}, ${spec.method}, ${scale} per ${per}`;
   }
 
   function compare(before, after, what) {
