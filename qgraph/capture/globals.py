@@ -29,6 +29,7 @@ from qgraph.capture.calls import Constant, Global
 from qgraph.capture.contents import NOTHING, RANDOM, Same, by_user, conditions, contents, part_of, value_at
 from qgraph.capture.guards import Guard
 from qgraph.capture.structure import Step
+from qgraph.graph import OWN_FORWARD
 
 if TYPE_CHECKING:
     from qgraph.capture.recorder import Recorder
@@ -71,7 +72,8 @@ class GlobalReads:
 
     def begin(self, forward: Any) -> None:
         """Keep what the names in the forward's code, and in the functions that it leads to, stand for."""
-        self.follow(forward, type(self._recorder.module))
+        module = self._recorder.module
+        self.follow(vars(module).get(OWN_FORWARD, forward), type(module))
 
     def finish(self) -> None:
         """The forward is through: what it changed costs the graph; what it took for a constant becomes a guard."""

@@ -133,7 +133,30 @@ class ByThread(_Layer):
         return self.fc(x) * LOCAL.strength
 
 
-READERS = [ByNumber, ByFlag, ByKey, ByAttribute, ByClass, ByFunction, ByMethod, ByArgument, ByChild, ByType, ByThread]
+def by_number(self, x):
+    return self.fc(x) * SCALE
+
+
+class ByOwnForward(_Layer):
+    def __init__(self):
+        super().__init__()
+        self.forward = types.MethodType(by_number, self)
+
+
+READERS = [
+    ByNumber,
+    ByFlag,
+    ByKey,
+    ByAttribute,
+    ByClass,
+    ByFunction,
+    ByMethod,
+    ByArgument,
+    ByChild,
+    ByType,
+    ByThread,
+    ByOwnForward,
+]
 
 
 def _change(monkeypatch: pytest.MonkeyPatch) -> None:
