@@ -6,6 +6,7 @@ tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from qgraph.ops import Groups
 
 HUGE = float(np.finfo(np.float32).max)
 SHORT = 512  # values
+LONG = 1024
 
 
 class GroupMath:
@@ -31,12 +33,14 @@ class GroupMath:
         axes: Sequence[int],
         mask: tuple[ir.Value, ir.Value] | None = None,
         length: int = 0,
+        shape: Sequence[object] = (),
     ) -> None:
         self.b = b
         self.name = name
         self.axes = list(axes)
         self.mask = mask  # (bool: is a value, float: how many values in each group)
         self.length = length  # of a group that is a run of the last dimension; 0 where it is not, or not known
+        self.shape = shape  # of what is grouped
 
     def op(self, op_type: str, *inputs: ir.Value, **attrs: object) -> ir.Value:
         """One node."""
@@ -81,9 +85,40 @@ class GroupMath:
     def mean(self, x: ir.Value) -> ir.Value:
         """Mean over each group."""
         if self.mask is None:
-            return self._reduce("ReduceMean", x)
+            return self._mean_of_means(x) if self._is_long() else self._reduce("ReduceMean", x)
         valid, count = self.mask
         return self.div(self._reduce("ReduceSum", self.where(valid, x, self.scalar(0))), count)
+
+    def _is_long(self) -> bool:
+        """Whether one ReduceMean would round too much: onnxruntime adds up in a few lanes, value by value, where each
+        of many equal values (the zeros behind a ReLU) is rounded the same way.
+        """
+        sizes = [self.shape[axis] for axis in self.axes] if self.shape else []
+        return any(not isinstance(size, int) for size in sizes) or math.prod(map(_known, sizes)) > LONG
+
+    def _mean_of_means(self, x: ir.Value) -> ir.Value:
+        """The mean along some dimensions after the others, a long row cut into runs."""
+        if len(self.axes) > 1:
+            for axes in self._stages():
+                x = self.b.op("ReduceMean", [x, self.b.ints(axes)], {"keepdims": 1}, name=f"{self.name}/ReduceMean")
+            return x
+        run = max((n for n in range(1, math.isqrt(self.length) + 1) if self.length % n == 0), default=1)
+        if run == 1:  # of no known length, or a prime number
+            return self._reduce("ReduceMean", x)
+        cut = self.op("Reshape", x, self.b.ints([0] * (len(self.shape) - 1) + [run, self.length // run]))
+        means = self.b.op("ReduceMean", [cut, self.b.ints([-1])], {"keepdims": 0}, name=f"{self.name}/ReduceMean")
+        return self._reduce("ReduceMean", means)
+
+    def _stages(self) -> list[list[int]]:
+        """The axes, the last first: as many at once as hold few values."""
+        stages: list[list[int]] = [[]]
+        for axis in reversed(self.axes):
+            sizes = [self.shape[i] for i in (axis, *stages[-1])]
+            few = all(isinstance(size, int) for size in sizes) and math.prod(map(_known, sizes)) <= SHORT
+            if stages[-1] and not few:
+                stages.append([])
+            stages[-1].insert(0, axis)
+        return stages
 
     def min(self, x: ir.Value) -> ir.Value:
         """Least value of each group."""
@@ -130,16 +165,16 @@ def on_groups(b: GraphBuilder, x: ir.Value, groups: Groups, name: str, recipe: R
         raise ExportError(
             f"{name}: the rank of this activation is unknown; expected a tensor of fixed rank; report the model"
         )
-    rank = len(x.shape)
+    rank, shape = len(x.shape), list(x.shape)
     if rank == 0 or (groups.kind == "channel" and rank == 1):
-        return recipe(GroupMath(b, name, [-1], length=_known(x.shape[0])), x) if rank else x
+        return recipe(GroupMath(b, name, [-1], length=_known(x.shape[0]), shape=shape), x) if rank else x
     axis = groups.axis % rank
     if groups.kind == "tensor":
-        return recipe(GroupMath(b, name, range(rank)), x)
+        return recipe(GroupMath(b, name, range(rank), shape=shape), x)
     if groups.kind == "token":
-        return _blocks(b, x, list(x.shape), groups.block, name, recipe)
+        return _blocks(b, x, shape, groups.block, name, recipe)
     if groups.block is None:
-        return recipe(GroupMath(b, name, [i for i in range(rank) if i != axis]), x)
+        return recipe(GroupMath(b, name, [i for i in range(rank) if i != axis], shape=shape), x)
     return _channel_blocks(b, x, axis, groups.block, name, recipe)
 
 
@@ -162,7 +197,7 @@ def _blocks(
     """Groups are runs of `block` along the last dimension; None is the whole dimension."""
     length = shape[-1]
     if block is None or (isinstance(length, int) and length <= block):
-        return recipe(GroupMath(b, name, [-1], length=_known(length)), x)
+        return recipe(GroupMath(b, name, [-1], length=_known(length), shape=shape), x)
     if not isinstance(length, int):
         return _dynamic_blocks(b, x, len(shape), block, name, recipe)
     full = length // block * block

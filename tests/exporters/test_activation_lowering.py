@@ -131,6 +131,28 @@ def test_a_group_of_zeros_stays_zero(bits, scale):
     assert explain(x, y + 0.5, x, form).unexplained > 0.1
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("groups", "sizes"),
+    [
+        (Groups("token"), (3, 4096)),
+        (Groups("token"), (3, 9000)),
+        (Groups("channel", 0), (3, 64, 32, 32)),
+        (Groups("channel", 0), (3, 16, 2500)),
+        (Groups("channel", 1), (40, 3, 40)),
+        (Groups("tensor"), (6, 2000)),
+    ],
+    ids=str,
+)
+def test_long_groups_of_mostly_zeros_are_exact(groups, sizes, bits):
+    """As behind a ReLU: added up one by one, each of many equal values would be rounded the same way."""
+    x = torch.rand(sizes, generator=torch.Generator().manual_seed(0))
+    x[torch.rand(sizes, generator=torch.Generator().manual_seed(1)) < 0.94] = 0
+    form = form_of(QuantSpec(bits), groups)
+    for shape in (sizes, ("batch", *sizes[1:])):
+        assert explain(x, run(form, x, shape), x, form).unexplained < 2e-6
+
+
 def test_a_short_row_takes_thirteen_nodes():
     assert len(nodes(ActivationForm(QuantSpec(4, granularity="token"), Groups("token")), (3, 8))) == 13
     assert len(nodes(ActivationForm(QuantSpec(4, granularity="token", lam=0.0), Groups("token")), (3, 8))) == 20
