@@ -9,30 +9,27 @@ forward does not read costs no check.
 from __future__ import annotations
 
 import copy
-import enum
 import functools
-from collections import deque
+import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from qgraph.capture.contents import CONSTANTS, CONTAINERS, DEEPEST, is_constant, is_object
 from qgraph.capture.values import is_traced
 from qgraph.graph import STATE
 
 if TYPE_CHECKING:
     from qgraph.capture.recorder import Recorder
 
-CONSTANTS = (bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, range, torch.dtype, torch.device)
-CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-LARGEST = 64  # a container with more in it is compared by its length alone
-DEEPEST = 3  # of objects and containers inside each other
 _TABLES = ("_parameters", "_buffers", "_modules")
 _TORCH_OWN = frozenset({*nn.Module().__dict__, STATE, "_is_full_backward_hook", "_is_hf_initialized"}) - {"training"}
 # torch's own access to attributes reads `__dict__`, which is no interest of the forward's in all that is there.
 _ACCESS = (nn.Module.__getattr__.__code__, nn.Module.__setattr__.__code__, nn.Module.__delattr__.__code__)
+_MISSING = object()
 _HERE = __file__.rpartition("/")[0]
 
 
@@ -47,7 +44,7 @@ class Held:
     constants : dict
         Plain values by name, and small containers of them.
     settings : dict
-        For each plain object (a config), by its way: its plain fields.
+        For each plain object or class (a config), by its way: its plain fields.
     lengths : dict
         Of other containers.
     present : dict
@@ -160,7 +157,7 @@ class AttributeReads:
         elif table in _TABLES:
             held.present[table, name] = value is not None
         elif table == "own" or is_constant(value):
-            _keep(held, name, value)
+            _keep(held, name, value, self._recorder.globals.named)
 
     def _of(self, module: nn.Module) -> Held | None:
         """The notes on a module; None for one that the forward's module does not hold."""
@@ -184,47 +181,42 @@ def _find(own: dict[str, Any], kind: type, name: str) -> tuple[Any, str]:
     return None, ""
 
 
-def _keep(held: Held, name: str, value: Any) -> None:
+def _keep(held: Held, name: str, value: Any, named: Collection[str]) -> None:
     if isinstance(value, (Tensor, nn.Module)):
         held.present["", name] = True
     elif is_constant(value):
         held.constants[name] = copy.deepcopy(value)
     elif isinstance(value, CONTAINERS):
         held.lengths[name] = len(value)
-    elif _is_plain_object(value):
-        _keep_fields(held, (name,), value)
+    elif is_object(value):
+        _keep_fields(held, (name,), value, named)
     elif callable(value):
         held.constants[name] = value
+        if isinstance(value, type):
+            _keep_fields(held, (name,), value, named)
 
 
-def _keep_fields(held: Held, way: tuple[str, ...], value: Any) -> None:
-    fields = value.__dict__.items()
-    held.settings[way] = {name: copy.deepcopy(item) for name, item in fields if is_constant(item)}
-    for name, item in fields:
-        if len(way) < DEEPEST and _is_plain_object(item):
-            _keep_fields(held, (*way, name), item)
-
-
-def is_constant(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, CONSTANTS):
-        return True
-    if not isinstance(value, CONTAINERS) or len(value) > LARGEST or depth >= DEEPEST:
-        return False
-    return all(is_constant(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value))
-
-
-def _is_plain_object(value: Any) -> bool:
-    if isinstance(value, (*CONSTANTS, *CONTAINERS, Tensor, nn.Module, type)) or callable(value):
-        return False
-    return bool(getattr(value, "__dict__", None))
+def _keep_fields(held: Held, way: tuple[str, ...], value: Any, named: Collection[str]) -> None:
+    """The plain fields of an object, and of its class those that the forward's code names."""
+    kind, own = (value, {}) if isinstance(value, type) else (type(value), vars(value))
+    shared = {name: inspect.getattr_static(kind, name, value) for name in named if name not in own}
+    fields = {name: item for name, item in {**own, **shared}.items() if is_constant(item)}
+    if fields:
+        held.settings[way] = copy.deepcopy(fields)
+    for name, item in own.items():
+        if len(way) < DEEPEST and is_object(item):
+            _keep_fields(held, (*way, name), item, named)
 
 
 def _same_fields(own: dict[str, Any], way: tuple[str, ...], fields: dict[str, Any]) -> bool:
-    for step in way:
-        own = getattr(own.get(step), "__dict__", {})
+    holder: Any = own.get(way[0])
+    for step in way[1:]:
+        holder = getattr(holder, "__dict__", {}).get(step)
+    kind, own = (holder, {}) if isinstance(holder, type) else (type(holder), getattr(holder, "__dict__", {}))
     try:
         for name, value in fields.items():  # one by one: torch.compile compares no views of dicts that hold dicts
-            if name not in own or (own[name] is not value and own[name] != value):
+            now = own[name] if name in own else getattr(kind, name, _MISSING)
+            if now is not value and now != value:
                 return False
         return True
     except (RuntimeError, ValueError):  # what was a number is a tensor or an array now

@@ -6,11 +6,13 @@ its fields; a source of random numbers by its state; everything else is the same
 
 from __future__ import annotations
 
+import enum
 import inspect
 import math
 import os
 import random
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import CellType, ModuleType
@@ -20,16 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qgraph.capture.attributes import CONSTANTS, CONTAINERS, DEEPEST, LARGEST, is_constant
 from qgraph.capture.source import HERE, TORCH
 from qgraph.capture.structure import Step
 
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, range, torch.dtype, torch.device)
+CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+LARGEST = 64  # a container with more in it is compared by its length alone
+DEEPEST = 3  # of objects and containers inside each other
 RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 NOTHING = object()
 _PRINTABLE = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device)
 _LARGEST_ARRAY = 1 << 16  # bytes
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
-_LIBRARIES = frozenset({"torch", *sys.stdlib_module_names}) - {"types", "argparse", "_thread"}  # users' namespaces
+_NOT_USERS = sys.stdlib_module_names - {"types", "argparse", "_thread"}  # where the namespaces are that users fill
 
 
 class Same:
@@ -40,8 +45,6 @@ class Same:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Same) and other.value is self.value and other.contents == self.contents
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def contents(value: Any, depth: int = 0) -> Any:
@@ -114,11 +117,20 @@ def part_of(value: Any, step: Step) -> Any:
     return NOTHING if hasattr(part, "__get__") else part
 
 
+def is_constant(value: Any, depth: int = 0) -> bool:
+    """Whether a value is a plain one, or a small container of such."""
+    if isinstance(value, CONSTANTS):
+        return True
+    if not isinstance(value, CONTAINERS) or len(value) > LARGEST or depth >= DEEPEST:
+        return False
+    return all(is_constant(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value))
+
+
 def is_object(value: Any) -> bool:
-    """Whether a value is a plain object of a user's; one of torch or the standard library has its own affairs."""
+    """Whether a value is a plain object of a user's; one of the standard library has its own affairs."""
     if isinstance(value, (*CONSTANTS, *CONTAINERS, Tensor, nn.Module, type, Iterator)) or callable(value):
         return False
-    return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _LIBRARIES
+    return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _NOT_USERS
 
 
 def by_user(file: str) -> bool:

@@ -23,10 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qgraph.capture.attributes import CONTAINERS, is_constant
 from qgraph.capture.bytecode import Name, attributes_named, names_outside
 from qgraph.capture.calls import Constant, Global
-from qgraph.capture.contents import NOTHING, RANDOM, Same, by_user, conditions, contents, part_of, value_at
+from qgraph.capture.contents import (
+    CONTAINERS,
+    NOTHING,
+    RANDOM,
+    Same,
+    by_user,
+    conditions,
+    contents,
+    is_constant,
+    part_of,
+    value_at,
+)
 from qgraph.capture.guards import Guard
 from qgraph.capture.structure import Step
 from qgraph.graph import OWN_FORWARD
@@ -36,12 +46,12 @@ if TYPE_CHECKING:
 
 _MOST_FUNCTIONS = 64  # that a forward's code leads to
 _CHANGING = (Iterator, set, deque, np.ndarray, *RANDOM)  # what may change without any attribute being set
-_FLAGS: dict[Any, tuple[str, ...]] = {  # what code may ask torch, and the questions
-    torch.is_grad_enabled: ("torch.is_grad_enabled()",),
-    torch.is_inference_mode_enabled: ("torch.is_inference_mode_enabled()",),
-    torch.is_autocast_enabled: ("torch.is_autocast_enabled('cpu')", "torch.is_autocast_enabled('cuda')"),
-    torch.get_autocast_dtype: ("torch.get_autocast_dtype('cpu')", "torch.get_autocast_dtype('cuda')"),
-    torch.get_default_dtype: ("torch.get_default_dtype()",),
+_MODES: dict[Any, tuple[tuple[str, ...], ...]] = {  # what code may ask torch, with which arguments
+    torch.is_grad_enabled: ((),),
+    torch.is_inference_mode_enabled: ((),),
+    torch.is_autocast_enabled: (("cpu",), ("cuda",)),
+    torch.get_autocast_dtype: (("cpu",), ("cuda",)),
+    torch.get_default_dtype: ((),),
 }
 
 
@@ -67,6 +77,7 @@ class GlobalReads:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._codes: set[CodeType] = set()
+        self.named: set[str] = set()  # attributes, in that code
         self._met: dict[tuple[int, str], _Met] = {}
         self._memos: list[Any] = []
 
@@ -121,6 +132,7 @@ class GlobalReads:
                 self._global(name, function.__globals__, where, kind)
             elif name.name in cells:
                 self._outside(name, cells, where, kind)
+        self.named |= attributes_named(code)
         for attribute in attributes_named(code):
             for base in kind.__mro__:
                 self.follow(base.__dict__.get(attribute), kind)
@@ -133,8 +145,10 @@ class GlobalReads:
     def _global(self, name: Name, names: dict[str, Any], where: str, kind: type) -> None:
         if name.name not in names and hasattr(builtins, name.name):
             return
-        for question in _FLAGS.get(_of_torch(names, name), ()):
-            self._guard(f"{question} == {eval(question, {'torch': torch})!r}", where)
+        function = _of_torch(names, name)
+        for arguments in _MODES.get(function, ()):
+            asked = f"torch.{function.__name__}({', '.join(map(repr, arguments))})"
+            self._guard(f"{asked} == {function(*arguments)!r}", where)
         self._outside(name, names, where, kind)
 
     def _outside(self, name: Name, names: Mapping[str, Any], where: str, kind: type) -> None:
