@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from qgraph.exporters.where import calling_line, chain
@@ -34,7 +35,7 @@ class Decision:
     def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
         """Whether it does for inputs of these shapes; a condition on anything else counts as one that does."""
         known = {symbol: shapes[name][dim] for symbol, (name, dim) in self.sizes.items()}
-        return self.condition.subs(known) != False  # noqa: E712  sympy's own falsehood
+        return bool(self.condition.subs(known) != sympy.false)
 
 
 @contextlib.contextmanager

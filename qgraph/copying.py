@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import threading
 from collections.abc import Iterator
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
+
+_one_at_a_time = threading.RLock()
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
@@ -27,7 +30,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     cells: dict[int, CellType] = {}
     for function in closures:
         memo[id(function)] = _empty_like(function, cells)
-    with _methods_by_parts():
+    with _methods_by_parts() if closures else contextlib.nullcontext():
         result = copy.deepcopy(model, memo)
     for function in closures:
         _fill(function, memo[id(function)], cells, memo)
@@ -41,13 +44,14 @@ def _methods_by_parts() -> Iterator[None]:
     def by_parts(method: MethodType, memo: dict[int, Any]) -> MethodType:
         return MethodType(copy.deepcopy(method.__func__, memo), copy.deepcopy(method.__self__, memo))
 
-    table = copy._deepcopy_dispatch  # type: ignore[attr-defined]
-    before = table[MethodType]
-    table[MethodType] = by_parts
-    try:
-        yield
-    finally:
-        table[MethodType] = before
+    table = copy._deepcopy_dispatch  # type: ignore[attr-defined]  # no other way to reach the methods inside
+    with _one_at_a_time:
+        before = table[MethodType]
+        table[MethodType] = by_parts
+        try:
+            yield
+        finally:
+            table[MethodType] = before
 
 
 def _held(model: nn.Module) -> Iterator[Any]:

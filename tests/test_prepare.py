@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import types
 import warnings
 
@@ -15,7 +14,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import qgraph
-from qgraph.copying import copied
 from qgraph.graph import coverage, sites
 from tests.models import CNN, GPT, Branching, Encoder, Functional, Twice
 
@@ -400,81 +398,6 @@ def test_weights_that_are_no_real_numbers_are_left_alone_and_reported(config, py
         assert all(torch.equal(a, b) for a, b in zip(prepared(X), model(X), strict=True))
     with pytest.raises(qgraph.CaptureError, match="which no quantizer takes"):
         qgraph.prepare(model, config, X, strict=True)
-
-
-class Closing(nn.Module):
-    """Functions over its own parts: in an attribute, as a default, in a hook, partially applied, in a list."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c, self.d = nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.met = {}
-        count = itertools.count()
-        self.first = lambda x: (next(count), self.a(x))[1]
-        self.steps = [lambda x, layer=self.b: layer(x).relu(), functools.partial(lambda layer, x: layer(x), self.d)]
-        self.c.register_forward_hook(lambda module, args, out: self.met.update(c=out.detach()))
-
-    def forward(self, x):
-        x = self.first(x)
-        for step in self.steps:
-            x = step(x)
-        return self.c(x)
-
-
-def test_functions_over_the_models_own_parts_are_over_those_of_the_copy(tmp_path):
-    model = Closing()
-    model(X)
-    prepared = qgraph.prepare(model, "W4", X)
-    assert {(site.name, site.reason) for site in sites(prepared)} == {(n, None) for n in WEIGHTS_OF_CLOSING}
-    prepared(X).sum().backward()
-    assert all(p.grad is not None for p in prepared.parameters())
-    assert all(p.grad is None for p in model.parameters())
-    assert prepared.met["c"] is not model.met["c"]
-    assert copied(model).steps[0] is not model.steps[0]
-    report = qgraph.export(prepared.eval(), tmp_path / "closing.onnx", (X,), progress=False)
-    assert {f"{layer.path}.{layer.operand}".strip(".") for layer in report.layers} == set(WEIGHTS_OF_CLOSING)
-    frozen = qgraph.freeze(prepared)
-    assert torch.allclose(frozen(X), prepared(X), atol=1e-5)
-
-
-WEIGHTS_OF_CLOSING = ("a.weight", "b.weight", "d.weight", "c.weight")
-
-
-def test_a_copy_shares_what_functions_share_and_keeps_what_is_not_the_models():
-    def both(module, log):
-        total = 0
-
-        def add(x):
-            nonlocal total
-            total += 1
-            log.append(total)
-            return module(x)
-
-        return add, lambda: total
-
-    model, log = mlp(), []
-    model.add, model.total = both(model[0], log)
-    other = copied(model)
-    other.add(X)
-    assert (other.total(), model.total(), log) == (1, 0, [1])
-
-
-def test_results_that_a_model_keeps_in_containers_are_no_hindrance():
-    model = mlp()
-    model.kept = {"last": [model(X)]}
-    prepared = qgraph.prepare(model, "W4", X)
-    assert torch.equal(prepared.kept["last"][0], model.kept["last"][0])
-
-
-def test_a_model_that_cannot_be_copied_says_what_to_do():
-    class Settings(dict):
-        __getattr__ = dict.__getitem__
-
-    model = mlp()
-    model.settings = Settings(width=3)
-    with pytest.raises(qgraph.CaptureError, match=r"Sequential cannot be copied.*inplace=True"):
-        qgraph.prepare(model, "W4", X)
-    assert qgraph.prepare(model, "W4", X, inplace=True) is model
 
 
 def scaled(layer):

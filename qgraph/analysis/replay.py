@@ -148,20 +148,15 @@ class Replay:
         self.bytes = sum(self._storages_of(self._roots).values())
 
     @contextlib.contextmanager
-    def until(self, changed: Collection[nn.Module], calls: int | None = None) -> Iterator[Callable[[], float]]:
+    def until(self, changed: Collection[nn.Module], calls: int | None = None) -> Iterator[_Run]:
         """Give inside what was kept, up to the first call of a module that holds one of these quantizers; where a
         number of calls is given, run that many of the model's and give the outputs of the others as they were kept.
-
-        Yields a function: how many times as many calls there were as have been run.
         """
-        if not self._roots:
-            yield lambda: 1.0
-            return
         total = len(self._roots)
         sample = range(total) if calls is None else {(2 * i + 1) * total // (2 * calls) for i in range(calls)}
         run = _Run(self._roots, self._holders(changed), sample)
-        with intercepted(self._modules, run.call):
-            yield lambda: total / max(1, total - run.skipped)
+        with intercepted(self._modules, run.call) if self._roots else contextlib.nullcontext():
+            yield run
 
     def _first_use(self, changed: Collection[nn.Module]) -> int:
         """Where in the first outermost call the quantizers are first used."""
@@ -289,6 +284,11 @@ class _Run:
         self.next = 0  # of the outermost calls
         self.cut = 0
         self.stack: list[list[_Call]] = []  # of each call that is running, the calls that it is still to make
+
+    @property
+    def times(self) -> float:
+        """How many times as many of the outermost calls there are as have run."""
+        return len(self.roots) / (len(self.roots) - self.skipped) if self.skipped else 1.0
 
     def call(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with torch._C.DisableTorchFunction():

@@ -152,8 +152,8 @@ def sensitivity(
         not rank are evaluated too. Where there are many layers, a fraction of the time for the few that hurt.
     calls : int, optional
         Of the calls of the model that `evaluate` makes (one a batch, say), run only so many for each layer and kind,
-        spread evenly, and give the others the outputs kept: `calls=2` of 16 takes an eighth of the time. Costs are
-        scaled up to all calls, which estimates them where the score is a mean over samples.
+        spread evenly, and give the others the outputs kept: with `calls=2` of 16 a layer costs an eighth of what it
+        does. Costs are scaled up to all calls, which estimates them where the score is a mean over samples.
     cache_bytes : int
         How much of the activations to keep, on their device; 0 runs each evaluation in full. Nothing is kept of a
         model that draws random numbers, nor with gradients, nor where a check finds that it changes the score.
@@ -234,7 +234,8 @@ def sensitivity(
         for score in (scores.found[f"{label} {kind} {name}"],)
     ]
     ranked = sorted(rows, key=lambda row: -row.cost)
-    sampled = f"costs are estimates, by {calls} of the calls of the model" if calls is not None else ""
+    estimated = calls is not None and (scores.sampled or not missing)
+    sampled = f"costs are estimates, by {calls} of the calls of the model" if estimated else ""
     left_out = f"not evaluated, behind by gradient: {', '.join(behind)}" if behind else ""
     return SensitivityReport(
         title_of(prepared),
@@ -327,6 +328,7 @@ class _Evaluations:
         self.prepared, self.evaluate, self.replay, self.calls = prepared, evaluate, replay, calls
         self.scores = Scores(prepared, path, "sensitivity")
         self.found = self.scores.found
+        self.sampled = False  # whether calls were left out
         self.bad: dict[str, float] = {}
         self.by_switches: dict[frozenset[int], float] = {}  # what is on -> the score
 
@@ -358,9 +360,11 @@ class _Evaluations:
         versions = _versions(self.prepared)
         with _only(self.prepared, chosen):
             if changed:
-                with self.replay.until(changed, self.calls) as times:
+                with self.replay.until(changed, self.calls) as run:
                     score = evaluate()
-                    score = self.found[base] + times() * (score - self.found[base]) if times() > 1 else score
+                if run.skipped:
+                    score = self.found[base] + run.times * (score - self.found[base])
+                    self.sampled = True
             else:
                 score = self.replay.keep(evaluate, base_of) if base_of else evaluate()
         if chosen is not None and _versions(self.prepared) != versions:

@@ -85,15 +85,21 @@ def test_monitor_names_it_alone(name, defect):
     assert sick == {found.worst.site}, str(found)
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_weight_with_nan_is_named_by_all_three(name):
+def with_nan(name):
+    """A model, it prepared with one NaN in the planted weight, inputs, and the weight's name."""
     case = PLANTED[name]
     model, inputs = case.make(), case.inputs()
     prepared = qgraph.prepare(model, "W4", inputs)
     site = f"{case.layer}.{case.weight}"
     with torch.no_grad():
         prepared.get_parameter(site).view(-1)[0] = math.nan
-    assert qgraph.compare(model, prepared, inputs).first_drop(0).path == case.layer
+    return model, prepared, inputs, site
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_weight_with_nan_is_named_by_all_three(name):
+    model, prepared, inputs, site = with_nan(name)
+    assert qgraph.compare(model, prepared, inputs).first_drop(0).path == PLANTED[name].layer
     with pytest.raises(InspectError, match=f"nan for the float model, all quantizers off .not finite: {site}"):
         qgraph.sensitivity(prepared, distance(model, inputs))
     watch = qgraph.monitor(prepared, every=3)
@@ -106,12 +112,7 @@ def test_a_weight_with_nan_is_named_by_all_three(name):
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_the_weight_that_a_nan_comes_from_is_in_front_though_a_step_spreads_it(name):
-    case = PLANTED[name]
-    model, inputs = case.make(), case.inputs()
-    prepared = qgraph.prepare(model, "W4", inputs)
-    site = f"{case.layer}.{case.weight}"
-    with torch.no_grad():
-        prepared.get_parameter(site).view(-1)[0] = math.nan
+    _, prepared, inputs, site = with_nan(name)
     optimizer = torch.optim.SGD(prepared.parameters(), 1e-3)
     watch = qgraph.monitor(prepared, every=3)
     for _ in range(3):
