@@ -70,13 +70,13 @@ def contents(value: Any, depth: int = 0) -> Any:
 
 def conditions(text: str, value: Any, depth: int = 0) -> Iterator[str]:
     """What has to hold of an expression for a graph that took its value for a constant."""
-    if value is None:
-        yield f"{text} is None"
+    if value is None or isinstance(value, bool):
+        yield f"{text} is {value}"
     elif isinstance(value, Tensor):
         yield f"isinstance({text}, torch.Tensor)"
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"str({text}) == {str(value)!r}"
-    elif type(value) in (bool, int, float):
+    elif type(value) in (int, float):
         yield f"type({text}) is {type(value).__name__} and {text} == {value!r}"
     elif _is_printable(value):
         yield f"{text} == {value!r}"

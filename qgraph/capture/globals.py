@@ -148,7 +148,8 @@ class GlobalReads:
         function = _of_torch(names, name)
         for arguments in _MODES.get(function, ()):
             asked = f"torch.{function.__name__}({', '.join(map(repr, arguments))})"
-            self._guard(f"{asked} == {function(*arguments)!r}", where)
+            for condition in conditions(asked, function(*arguments)):
+                self._guard(condition, where)
         self._outside(name, names, where, kind)
 
     def _outside(self, name: Name, names: Mapping[str, Any], where: str, kind: type) -> None:
