@@ -72,8 +72,9 @@ def export(
         was.
     path : path
         The file; above 2 GB weights go to ``<path>.data``. It is written whole or not at all.
-    example_inputs : tuple
-        Positional arguments of the model; dicts, sequences and dataclasses become named tensor inputs.
+    example_inputs : tuple, Tensor or mapping
+        Positional arguments of the model, or a mapping of keyword ones; dicts, sequences and dataclasses among them
+        become named tensor inputs.
     example_kwargs : mapping, optional
         Keyword arguments.
     target : {"ort", "standard", "qdq"}

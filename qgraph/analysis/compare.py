@@ -231,13 +231,12 @@ def _aligned(a: Recorded, b: Recorded) -> ModelComparison:
     rows: list[LayerDifference] = []
     unseen: set[str] = set()
     files = a.is_file or b.is_file
-    tied = a.tied | b.tied if files else set()
     for path, call in a.order:
         if path not in b.calls:
             continue
         kind = a.kinds.get(path) or b.kinds.get(path, "")
         pair = _file_pair(a, b, path, call, kind) if files else _pair(a, b, path, call)
-        if path in tied or pair is None:
+        if pair is None:
             unseen.add(path)
             continue
         x, y = pair
@@ -260,8 +259,17 @@ def _aligned(a: Recorded, b: Recorded) -> ModelComparison:
     return ModelComparison(
         (a.title, b.title),
         tuple(rows),
-        tuple(path for path in a.calls if path not in b.calls or path in unseen - seen),
-        tuple(path for path in b.calls if path not in a.calls),
+        _only(a, b) + tuple(path for path in a.calls if path in unseen - seen),
+        _only(b, a),
+    )
+
+
+def _only(a: Recorded, b: Recorded) -> tuple[str, ...]:
+    """What ran in `a` and not in `b`. A file has no modules that do nothing, and some that are not called in Python."""
+    return tuple(
+        path
+        for path in a.calls
+        if path not in b.calls and not (b.is_file and path in a.idle) and not (a.is_file and path in b.kinds)
     )
 
 
