@@ -23,7 +23,7 @@ from qgraph.terminal import as_text
 
 __all__ = ["LayerDifference", "ModelComparison", "compare"]
 
-RECURRENT = ("LSTM", "GRU", "RNN")
+SEQUENTIAL = ("LSTM", "GRU", "RNN", "MultiheadAttention")
 Comparable = nn.Module | str | os.PathLike[str]
 
 
@@ -284,15 +284,15 @@ def _pair(a: Recorded, b: Recorded, path: str, call: int) -> tuple[Tensor, Tenso
 def _file_pair(a: Recorded, b: Recorded, path: str, call: int, kind: str) -> tuple[Tensor, Tensor] | None:
     """Of a file the last call alone is seen, as one of several values: the first of a fitting shape.
 
-    A file may hold what a recurrent layer returns with batch and time the other way round.
+    A file may hold what a layer over sequences returns with batch and time the other way round.
     """
     if call < len(a.calls[path]) - 1:
         return None
     mine, theirs = a.calls[path][-1], b.calls[path][-1]
-    if kind in RECURRENT:
+    if kind in SEQUENTIAL:
         theirs = [*theirs, *(y.transpose(0, 1) for y in theirs if y.dim() == 3)]
     fitting = [(x, y) for x in mine for y in theirs if x.shape == y.shape]
-    if kind in RECURRENT:
+    if path in a.several | b.several:  # which of them, the file does not say
         fitting.sort(key=lambda pair: float((pair[0] - pair[1]).abs().nan_to_num(math.inf).sum()))
     return fitting[0] if fitting else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from qgraph.exporters.report import ExportReport, read_report
 CANDIDATES = 8  # the last values of a module: an LSTM has its states after its output
 LARGEST = 2**31  # bytes of a model that protobuf holds in memory
 SIZES = ("Shape", "Size")
+OPERANDS = ("input", "other")  # what steps that quantize activations are called, behind the path of the module
 
 
 def record_file(name: str, path: Path, tensors: Mapping[str, Tensor]) -> Recorded:
@@ -59,44 +60,45 @@ def layer_values(graph: onnx.GraphProto, report: ExportReport) -> dict[str, list
     A module's output is what its last node computes from data (a constant where none does, as positions that are looked
     up), nodes being named after their modules. `graph` has no functions.
     """
-    produced = list(_computed_from_data(graph))
-    order = {value: i for i, value in enumerate(produced)}
-    values: dict[str, list[str]] = {}
-    constants: dict[str, list[str]] = {}
     sites = {f"{layer.path}.{layer.operand}".strip("."): layer.path for layer in report.layers}
+    data = set(_computed_from_data(graph))
+    order = {value: i for i, value in enumerate(value for node in graph.node for value in node.output if value)}
+    values = _last_of_modules(graph, sites, order.keys() - data) | _last_of_modules(graph, sites, data)
+    values[""] = [graph.output[0].name]
+    return dict(sorted(values.items(), key=lambda item: (order.get(item[1][0], len(order)), -len(item[0]))))
+
+
+def _last_of_modules(graph: onnx.GraphProto, sites: Mapping[str, str], among: Set[str]) -> dict[str, list[str]]:
+    """Module path -> those of some values that it computes last, the last first."""
     last_alone = not any("/" in node.name for node in graph.node)  # of a module's nodes the last one has a name
+    values: dict[str, list[str]] = {}
     unnamed: list[str] = []
     for node in graph.node:
-        outputs = [value for value in node.output if value in order]
+        outputs = [value for value in node.output if value in among]
         module = _module_of(node, sites)
         if last_alone and not node.name:
             unnamed = [*outputs, *unnamed]
-        if module is None:
-            continue
-        if not outputs:
-            constants[module] = [value for value in node.output if value]
+        if module is None or not outputs:
             continue
         values[module] = [*outputs, *unnamed, *values.get(module, [])][:CANDIDATES]
         unnamed = []
         for around in _parents(module):
             values[around] = outputs
-    values = constants | values | {"": [graph.output[0].name]}
-    ordered = sorted(values.items(), key=lambda item: (order.get(item[1][0], len(order)), -len(item[0])))
-    return dict(ordered)
+    return values
 
 
 def _module_of(node: onnx.NodeProto, sites: Mapping[str, str]) -> str | None:
     """The path of the module that a node is named after; None for the model's own nodes and for quantizers."""
-    stem, slash, _ = node.name.rpartition("/")
-    if not slash:
-        stem = node.name
-        if not stem or re.sub(r"_\d+$", "", stem) == node.op_type:
-            return None
-        if (holder := stem.rpartition(".")[0]) in sites:  # fc.weight.gather: the rows of an embedding
-            return sites[holder]
-    if stem.startswith("qgraph.") or any(site and stem.startswith(f"{site}.") for site in {*sites, *sites.values()}):
+    stem, slash, _ = node.name.partition("/")
+    if not slash and (not stem or re.sub(r"_\d+$", "", stem) == node.op_type):
         return None
-    return stem
+    holder, _, last = stem.rpartition(".")
+    if stem in sites.values():
+        return stem
+    if holder in sites and not slash:  # fc.weight.gather: the rows of an embedding
+        return sites[holder]
+    quantizes = last in OPERANDS and holder in sites.values()
+    return None if quantizes or f"{stem}.".startswith(("qgraph.", *(f"{site}." for site in sites))) else stem
 
 
 def _parents(path: str) -> Iterator[str]:

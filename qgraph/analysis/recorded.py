@@ -18,7 +18,7 @@ class Recorded:
 
     `calls`: for each call of the module the values that may be its output, the likeliest first: one for a module,
     several for a file. `kinds`: the class of each module, of those too that did not run. `idle`: modules that
-    gave back what they were given, as a dropout does in eval.
+    gave back what they were given, as a dropout does in eval. `several`: those that return more than one tensor.
     """
 
     title: str
@@ -26,6 +26,7 @@ class Recorded:
     order: list[tuple[str, int]] = field(default_factory=list)
     kinds: dict[str, str] = field(default_factory=dict)
     idle: set[str] = field(default_factory=set)
+    several: set[str] = field(default_factory=set)
     is_file: bool = False
 
     def add(self, path: str, candidates: list[Tensor]) -> None:
@@ -82,8 +83,10 @@ class _Keep:
 
         floats = [t for t in flatten_outputs(output, set())[0] if t.is_floating_point()]
         if floats:
-            if args and output is args[0]:
+            if args and floats[0] is args[0]:
                 self.found.idle.add(self.path)
+            if floats[1:]:
+                self.found.several.add(self.path)
             self.found.add(self.path, [floats[0].detach().to("cpu", copy=True)])
 
 
