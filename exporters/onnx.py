@@ -211,6 +211,8 @@ class _TraceFailed(Exception):
 
 
 def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -> _Built:
+    if job.collected.released:
+        collect_again(job, job.python)
     traced = _trace(job, plan)
     model, notes = traced.model, traced.notes
     outputs = module_outputs(model.graph, job.model)

@@ -78,6 +78,12 @@ class Collected:
     activations: dict[str, ActivationForm] = field(default_factory=dict)
     sparsity: dict[str, SparsitySpec] = field(default_factory=dict)
     calls: dict[str, list[str]] = field(default_factory=dict)  # by site the name of what each of its calls deploys
+    released: set[str] = field(default_factory=set)  # weights whose codes are gone
+
+    def release(self, site: str) -> None:
+        """Let go of the codes of a weight, which someone else has now."""
+        self.weights[site] = Compact(self.weights[site].rest, None, ())
+        self.released.add(site)
 
     def add_weight(self, site: str, quantized: Quantized) -> None:
         """Keep what a site deploys; where a later call has another weight (`functional_call`), by a name of its own."""

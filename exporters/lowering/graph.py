@@ -31,7 +31,7 @@ from qgraph.exporters.lowering.records import DOMAIN, ActivationRecord, WeightRe
 from qgraph.exporters.lowering.stacking import stack_alike, turn
 from qgraph.exporters.lowering.static import Statics
 from qgraph.exporters.lowering.uses import Use, as_product, is_gather, operation_of, uses_of
-from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack
+from qgraph.exporters.packing import PackedWeight, emit_float, emit_gather_rows, pack, unpack
 from qgraph.modules import ActivationForm, Collected
 from qgraph.ops import Quantized
 from qgraph.ops.memory import LARGE, give_back
@@ -164,7 +164,7 @@ class _Lowering:
         found = self.collected.weights.get(site)
         if found is None:
             raise _unknown(site)
-        return found.expand()
+        return unpack(self.records[site].packed) if site in self.collected.released else found.expand()
 
     def record_of(self, node: ir.Node) -> WeightRecord:
         """The record of a weight, which is packed on first demand."""
@@ -178,10 +178,11 @@ class _Lowering:
             sparsity = self.collected.sparsity.get(site)
             aligned, stored = digest in self.gathered, self.options.stored_scales
             packed = pack(quantized, sparsity=sparsity, align_rows=aligned, scale_dtype=stored)
-            if packed.nbytes >= LARGE:
-                give_back()
         else:
             packed = self.records[first].packed
+        if packed.nbytes >= LARGE:  # twice in memory, all of them would be much
+            self.collected.release(site)
+            give_back()
         self.records[site] = WeightRecord(site, packed, None if first == site else first)
         return self.records[site]
 

@@ -16,14 +16,14 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from qgraph.analysis.recorded import Recorded, record_module
+from qgraph.analysis.recorded import SEQUENTIAL, Recorded, parents, record_module
 from qgraph.errors import ExportError, InspectError
 from qgraph.graph import unwrapped
 from qgraph.terminal import as_text
 
 __all__ = ["LayerDifference", "ModelComparison", "compare"]
 
-SEQUENTIAL = ("LSTM", "GRU", "RNN", "MultiheadAttention")
+EQUAL, SAME_ORDER = 100, 60  # dB
 Comparable = nn.Module | str | os.PathLike[str]
 
 
@@ -229,7 +229,6 @@ def _record(name: str, side: Any, inputs: Any, tensors: Mapping[str, Tensor]) ->
 
 def _aligned(a: Recorded, b: Recorded) -> ModelComparison:
     rows: list[LayerDifference] = []
-    unseen: set[str] = set()
     files = a.is_file or b.is_file
     for path, call in a.order:
         if path not in b.calls:
@@ -237,7 +236,6 @@ def _aligned(a: Recorded, b: Recorded) -> ModelComparison:
         kind = a.kinds.get(path) or b.kinds.get(path, "")
         pair = _file_pair(a, b, path, call, kind) if files else _pair(a, b, path, call)
         if pair is None:
-            unseen.add(path)
             continue
         x, y = pair
         if x.shape != y.shape:
@@ -255,13 +253,23 @@ def _aligned(a: Recorded, b: Recorded) -> ModelComparison:
             f"compare: a ({a.title}) and b ({b.title}) have no module in common: a has {_some(a.calls)}, b has "
             f"{_some(b.calls)}. Expected two forms of one model."
         )
+    if files:
+        rows = _without_other_orders(rows)
     seen = {row.path for row in rows}
     return ModelComparison(
         (a.title, b.title),
         tuple(rows),
-        _only(a, b) + tuple(path for path in a.calls if path in unseen - seen),
+        _only(a, b) + tuple(path for path in a.calls if path in b.calls and path not in seen),
         _only(b, a),
     )
+
+
+def _without_other_orders(rows: list[LayerDifference]) -> list[LayerDifference]:
+    """Leave out modules that differ where one around them is equal: a file may compute the same in another order, as
+    the rows of a mixture's experts.
+    """
+    equal = {row.path for row in rows if row.snr_db > EQUAL and not row.problem}
+    return [row for row in rows if row.snr_db > SAME_ORDER or not equal.intersection(parents(row.path))]
 
 
 def _only(a: Recorded, b: Recorded) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from qgraph.analysis.recorded import Recorded
+from qgraph.analysis.recorded import Recorded, parents
 from qgraph.errors import InspectError
 from qgraph.exporters.merge import separate
 from qgraph.exporters.outline import inlined
@@ -82,7 +82,7 @@ def _last_of_modules(graph: onnx.GraphProto, sites: Mapping[str, str], among: Se
             continue
         values[module] = [*outputs, *unnamed, *values.get(module, [])][:CANDIDATES]
         unnamed = []
-        for around in _parents(module):
+        for around in parents(module):
             values[around] = outputs
     return values
 
@@ -99,12 +99,6 @@ def _module_of(node: onnx.NodeProto, sites: Mapping[str, str]) -> str | None:
         return sites[holder]
     quantizes = last in OPERANDS and holder in sites.values()
     return None if quantizes or f"{stem}.".startswith(("qgraph.", *(f"{site}." for site in sites))) else stem
-
-
-def _parents(path: str) -> Iterator[str]:
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _computed_from_data(graph: onnx.GraphProto) -> Iterator[str]:

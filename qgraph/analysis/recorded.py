@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from qgraph.errors import InspectError
 from qgraph.graph import config_of, is_prepared, unwrapped
 
+SEQUENTIAL = ("LSTM", "GRU", "RNN", "MultiheadAttention")  # what else they return says nothing more
+
 
 @dataclass(slots=True)
 class Recorded:
     """The outputs of one run by module path; `order` has path and number of each call in the order of execution.
 
-    `calls`: for each call of the module the values that may be its output, the likeliest first: one for a module,
-    several for a file. `kinds`: the class of each module, of those too that did not run. `idle`: modules that
+    `calls`: for each call of the module the tensors that it returns; of a file those that may be among them, the
+    likeliest first. `kinds`: the class of each module, of those too that did not run. `idle`: modules that
     gave back what they were given, as a dropout does in eval. `several`: those that return more than one tensor.
     """
 
@@ -37,7 +39,7 @@ class Recorded:
 
 
 def record_module(name: str, model: nn.Module, inputs: Any) -> Recorded:
-    """Run a model in eval mode without gradients and keep the first floating tensor of each module's output.
+    """Run a model in eval mode without gradients and keep the floating tensors of each module's output.
 
     Raises
     ------
@@ -87,7 +89,14 @@ class _Keep:
                 self.found.idle.add(self.path)
             if floats[1:]:
                 self.found.several.add(self.path)
-            self.found.add(self.path, [floats[0].detach().to("cpu", copy=True)])
+            kept = floats[:1] if self.found.kinds[self.path] in SEQUENTIAL else floats
+            self.found.add(self.path, [tensor.detach().to("cpu", copy=True) for tensor in kept])
+
+
+def parents(path: str) -> list[str]:
+    """The modules around one, the model itself ("") last."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:i]) for i in reversed(range(len(parts)))]
 
 
 def title_of(model: nn.Module) -> str:
