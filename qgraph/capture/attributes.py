@@ -111,6 +111,11 @@ class AttributeReads:
         """An attribute is set while the forward runs: by its own code, or by that of a child."""
         self._written[id(module), name] = own
 
+    def relies_on(self, module: Any, name: str) -> bool:
+        """Whether the graph takes the number that stood there before for a constant."""
+        held = self._held.get(id(module))
+        return held is not None and name in held.constants
+
     def read(self, module: nn.Module, name: str, frame: FrameType) -> None:
         """The forward's own code asks for an attribute; `frame` is where."""
         if (id(module), name) in self._met or (name in _TORCH_OWN and name not in _TABLES):
