@@ -68,8 +68,8 @@ def _entry(site: GraphSite, placed: Placed) -> Entry:
 
 
 def insert_module(graph: fx.Graph, entry: Entry, key: str, args: tuple[Any, ...], meta: dict[str, Any]) -> fx.Node:
-    """Call the module `qgraph.<key>` after a weight; the call that is already there is used again. A weight that has been
-    written into is taken as it is where it is used.
+    """Call the module `qgraph.<key>` after a weight; the call that is already there is used again. A weight that has
+    been written into is taken as it is where it is used.
     """
     target = f"qgraph.{key.replace('.', '__')}"
     written = bool(entry.writes)
@@ -92,8 +92,8 @@ def weight_meta(entry: Entry, spec: Any) -> dict[str, Any]:
 
 
 def value_of(node: fx.Node, module: nn.Module, writes: Sequence[fx.Node] = ()) -> Callable[[], Tensor]:
-    """Computes the present value of a node that depends on parameters alone, and on recorded sizes; `writes`: nodes that
-    write into it, which is done to a copy.
+    """Computes the present value of a node that depends on parameters alone, and on recorded sizes; `writes`: nodes
+    that write into it, which is done to a copy.
     """
 
     def run() -> Tensor:

@@ -300,3 +300,4 @@ _TABLE: dict[str, Callable[..., SiteCall | None]] = {
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **{f"{name}_cell": _cell for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
 }
+FUNCTIONS = frozenset(_TABLE) | {"multi_head_attention_forward"}

@@ -1,4 +1,4 @@
-"""Tensors that a forward writes into: what they derive from then, and weights quantized as they are where they are used."""
+"""Tensors that a forward writes into: what they derive from then; weights are quantized as they are where used."""
 
 import pytest
 import torch
