@@ -190,7 +190,8 @@ def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
     if function_name(node) in _SIZES:
         return True
     inputs = node.all_input_nodes
-    return node.op != "placeholder" and bool(inputs) and numbers.issuperset(inputs)
+    tensor = node.op == "placeholder" or "dtype" in node.meta  # as torch.zeros(size) gives
+    return not tensor and bool(inputs) and numbers.issuperset(inputs)
 
 
 _SIZES = frozenset({"size", "numel", "dim", "shape", "dtype", "device", "ndim", "len"})

@@ -221,8 +221,8 @@ def run_python(module: nn.Module, state: ModuleState, forward: Any, args: Any, k
         )
     if any(isinstance(value, fx.Proxy) for value in call.values):
         raise CaptureError(
-            f"module '{state.path}' is prepared and was called by torch.fx.symbolic_trace, which would lose quantizers; "
-            f"expected tensors. Trace the float model and prepare the GraphModule; inspect(model).graphs has our graphs."
+            f"module '{state.path}' is prepared and was called by torch.fx.symbolic_trace, which would lose them. "
+            f"Trace the float model and prepare the GraphModule; qgraph.inspect(model).graphs has our graphs."
         )
     if torch.compiler.is_exporting() or not under_compiler():
         return _python_body(module, state, forward, args, kwargs, call)
