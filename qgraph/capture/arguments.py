@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qgraph.capture.calls import Constant, Rebuild, Setter
+from qgraph.capture.names import format_target
 from qgraph.capture.objects import check_class, check_own, rebuildable
 from qgraph.capture.source import locate
 from qgraph.capture.state import find_attribute, is_weight
@@ -328,7 +329,8 @@ class Values:
             else:
                 node = self._graph.create_node("get_attr", path, name=name)
         node.meta["where"] = locate()[0]
-        node.meta["source"] = f"self.{path}"
+        holder, bracket, index = path.partition("[")
+        node.meta["source"] = format_target("self", holder) + bracket + index
         node.meta["parameter"] = is_weight(self._recorder.module, path, tensor)
         self._describe(node, tensor)
         return node

@@ -50,7 +50,8 @@ def _own_methods(cls: type) -> dict[str, FunctionType]:
 def _names_of(cls: type, attribute: str) -> frozenset[str]:
     """The attributes that a property or a method of the class names: it may give a weight."""
     value = inspect.getattr_static(cls, attribute, None)
-    function = inspect.unwrap(value.fget if isinstance(value, property) and value.fget else value)
+    value = value.fget if isinstance(value, property) else value
+    function = inspect.unwrap(value) if isinstance(value, FunctionType) else None
     return attributes_named(function.__code__) if isinstance(function, FunctionType) else frozenset()
 
 
