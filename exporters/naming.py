@@ -18,10 +18,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from torch import nn
 
 PREFIX = "model."  # the wrapper that flattens inputs and outputs holds the user's model under this name
 SHARED = "qgraph."  # constants that several layers use: tables, shapes, axes
 SCOPES = "pkg.torch.onnx.name_scopes"
+_SLICE = re.compile(r"\.slice\((\S+), (\S+), (\S+)\)\.(\d+)")
 _WINDOWS = ("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool")
 _NEUTRAL = {"strides": 1, "dilations": 1, "pads": 0}  # of each axis, where a window's attribute is left out
 _TOLD = {  # by the weight; momentum is how statistics are learned
@@ -31,21 +33,21 @@ _TOLD = {  # by the weight; momentum is how statistics are learned
 }
 
 
-def module_outputs(graph: ir.Graph) -> dict[str, ir.Value]:
+def module_outputs(graph: ir.Graph, model: nn.Module) -> dict[str, ir.Value]:
     """Module path -> the value that the module's last node computes, for every module the graph shows."""
     found: dict[str, ir.Value] = {}
     for node in graph:
-        for path in _scopes(node):
+        for path in _scopes(node, model):
             found[path] = node.outputs[0]
     return found
 
 
-def rename(graph: ir.Graph) -> None:
+def rename(graph: ir.Graph, model: nn.Module) -> None:
     """Name nodes ``<module path>/<operator>``, strip the wrapper's prefix from parameters, drop the
     annotations.
     """
     taken: set[str] = set()
-    for node, path in list(_paths(graph)):
+    for node, path in list(_paths(graph, model)):
         node.name = unique(f"{path}/{node.op_type}" if path else node.op_type, taken)
         node.metadata_props.clear()
         node.doc_string = None
@@ -150,19 +152,20 @@ def _transpose_of(graph: ir.Graph, value: ir.Value, name: str, array: np.ndarray
     del graph.initializers[value.name or ""]
 
 
-def thin_names(nodes: Iterable[ir.Node]) -> None:
+def thin_names(graph: ir.Graph, lowered: Iterable[ir.Node]) -> None:
     """Of the nodes that unpack one weight or quantize one activation, only the last keeps its name.
 
     Names of the steps in between say nothing that the last does not, and would be a third of a small file.
     """
     last: dict[str, ir.Node] = {}
-    nodes = [node for node in nodes if node.graph is not None]
+    nodes = [node for node in lowered if node.graph is not None]
     for node in nodes:
         last[stem(node.name or "")] = node
+    taken = {node.name for node in graph} - {node.name for node in nodes}
     for node in nodes:
         name = stem(node.name or "")
         if last[name] is node:
-            node.name = name if "/" not in (node.name or "") else node.name
+            node.name = node.name if "/" in (node.name or "") or name in taken else name
         elif node.domain == "":
             node.name = None
 
@@ -214,7 +217,7 @@ def _forgets_shape(user: ir.Node, index: int) -> bool:
     return user.op_type == "Reshape" and index == 0 and _has_no_zero(user.inputs[1])
 
 
-def _scopes(node: ir.Node) -> list[str]:
+def _scopes(node: ir.Node, model: nn.Module) -> list[str]:
     """Paths of the modules around a node, outermost first, the user's model itself left out."""
     text = node.metadata_props.get(SCOPES)
     if not text:
@@ -223,7 +226,17 @@ def _scopes(node: ir.Node) -> list[str]:
         scopes = ast.literal_eval(text)[:-1]  # the last one is the operation
     except (SyntaxError, ValueError):
         return []
-    return [scope[len(PREFIX) :] for scope in scopes if scope.startswith(PREFIX)]
+    return [_own_path(scope[len(PREFIX) :], model) for scope in scopes if scope.startswith(PREFIX)]
+
+
+def _own_path(path: str, model: nn.Module) -> str:
+    """``layers.3`` of ``layers.slice(2, None, None).1``, which the tracer calls a block of ``self.layers[2:]``."""
+    while found := _SLICE.search(path):
+        holder = path[: found.start()]
+        *limits, place = map(ast.literal_eval, found.groups())
+        names = [name for name, _ in model.get_submodule(holder).named_children() if name.isdigit()]
+        path = f"{holder}.{names[slice(*limits)][place]}{path[found.end() :]}"
+    return path
 
 
 @cache
@@ -258,10 +271,10 @@ def identifiers() -> Iterator[str]:
         yield from map("".join, itertools.product(string.ascii_letters + string.digits, repeat=length))
 
 
-def _paths(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
+def _paths(graph: ir.Graph, model: nn.Module) -> Iterator[tuple[ir.Node, str]]:
     """Each node with the path of its module; where the tracer lost it, of the one around the nodes before and after."""
     nodes = list(graph)
-    paths = [scopes[-1] if (scopes := _scopes(node)) else None for node in nodes]
+    paths = [scopes[-1] if (scopes := _scopes(node, model)) else None for node in nodes]
     after: list[str] = []
     for path in reversed(paths):
         after.append(path if path is not None else (after[-1] if after else ""))

@@ -72,8 +72,9 @@ def export(
         was.
     path : path
         The file; above 2 GB weights go to ``<path>.data``. It is written whole or not at all.
-    example_inputs : tuple
-        Positional arguments of the model; dicts, sequences and dataclasses become named tensor inputs.
+    example_inputs : tuple, Tensor or mapping
+        Positional arguments of the model, or a mapping of keyword ones; dicts, sequences and dataclasses among them
+        become named tensor inputs.
     example_kwargs : mapping, optional
         Keyword arguments.
     target : {"ort", "standard", "qdq"}
@@ -212,8 +213,9 @@ class _TraceFailed(Exception):
 def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) -> _Built:
     traced = _trace(job, plan)
     model, notes = traced.model, traced.notes
-    layers = {path: y for path, y in module_outputs(model.graph).items() if y.dtype in (None, ir.DataType.FLOAT)}
-    rename(model.graph)
+    outputs = module_outputs(model.graph, job.model)
+    layers = {path: y for path, y in outputs.items() if y.dtype in (None, ir.DataType.FLOAT)}
+    rename(model.graph, job.model)
     restore_parameters(model.graph, job.model.named_parameters(remove_duplicate=False))
     keep_rows(model.graph, layers, job.collected.activations)
     gather_moves(model.graph, layers)
@@ -231,7 +233,7 @@ def _build(job: Job, plan: ShapePlan, folder: Path, path: Path, verify: bool) ->
         preunpack(model, [site for site, record in lowered.weights.items() if record.shared_with is None])
         report = as_stored(report, model)
     owned_by = owners(model.graph)
-    thin_names(lowered.nodes)
+    thin_names(model.graph, lowered.nodes)
     drop_defaults(model.graph)
     shorten(model.graph, {*own, *(item.name for item in report.leftovers), *lowered.stacked})
     _stamp(model, report)

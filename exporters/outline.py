@@ -7,11 +7,13 @@ runtimes want them inlined first (`onnx.inliner`), so files that are small enoug
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import onnx
+import onnx.inliner
 import onnx_ir as ir
 
 from qgraph.exporters.naming import SHARED, common_path, identifiers, stem
@@ -52,6 +54,7 @@ def outline(model: ir.Model, owned_by: Sequence[str], modules: Mapping[str, str]
         Path -> name of the class, which the function is called by.
     """
     graphs = [model.graph]
+    paths: dict[ir.Graph, str] = {}
     owner = dict(zip(model.graph, owned_by, strict=True))
     model.graph.extend(_lifted(_hoisted(owner), owner))  # moves them: the order is now this one
     names: set[str] = set()
@@ -63,14 +66,17 @@ def outline(model: ir.Model, owned_by: Sequence[str], modules: Mapping[str, str]
         name = _fresh(modules.get(path, path.rpartition(".")[2].capitalize()), names)
         body, copies = _body(chunks[0], name, model.graph.opset_imports)
         owner |= {copy: owner[node] for node, copy in copies.items()}
+        for node, *named in zip(body, *map(_names_inside, chunks), strict=True):
+            node.name = f"{path}.{named[0]}" if named[0] and len(set(named)) == 1 else None
         graphs.append(body)
+        paths[body] = path
         for chunk in chunks:  # read again: what it takes may be what the call before now computes
             call = _call(_chunk(chunk.path, chunk.graph, chunk.nodes), name)
             owner[call] = chunk.path
     for value in model.graph.initializers.values():
         value.shape = value.type = None  # the tensor says both
     for body in graphs[1:]:
-        _shorten(body)
+        _shorten(body, paths[body])
         if any(node.domain == DOMAIN for node in body):
             body.opset_imports[DOMAIN] = 1
         function = ir.Function(DOMAIN, body.name or "", graph=body, attributes=())
@@ -229,13 +235,45 @@ def _call(chunk: _Chunk, name: str) -> ir.Node:
     return call
 
 
-def _shorten(body: ir.Graph) -> None:
-    """Values of a function are named a, b, ..; its nodes, which calls repeat under other names, have none."""
+def _names_inside(chunk: _Chunk) -> list[str]:
+    """The names of the nodes without the path of the module; "" for those that have none, or another one."""
+    return [_relative(node.name, chunk.path) for node in chunk.nodes]
+
+
+def _relative(name: str | None, path: str) -> str:
+    return name[len(path) + 1 :] if name and name.startswith(f"{path}.") else ""
+
+
+def _shorten(body: ir.Graph, path: str) -> None:
+    """Values of a function are named a, b, ..; its nodes as seen from the module that calls it."""
     names = identifiers()
     for value in (*body.inputs, *(value for node in body for value in node.outputs)):
         value.name = next(names)
     for node in body:
-        node.name = None
+        node.name = _relative(node.name, path) or None
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without its functions; each node has the name that it had before: the path of the module that it is
+    the last one of, or none.
+    """
+    if not model.functions:
+        return model
+    plain = onnx.inliner.inline_local_functions(model)
+    bodies = {function.name: function.node for function in model.functions if function.domain == DOMAIN}
+    for node, name in zip(plain.graph.node, _names_in(model.graph.node, bodies, ""), strict=True):
+        node.name = name
+    return plain
+
+
+def _names_in(nodes: Iterable[onnx.NodeProto], bodies: Mapping[str, Sequence[onnx.NodeProto]], path: str) -> list[str]:
+    """The names of nodes as they are inlined; the last one of a call has the call's name."""
+    names: list[str] = []
+    for node in nodes:
+        name = f"{path}.{node.name}" if path and node.name else node.name
+        names += _names_in(bodies[node.op_type], bodies, name) if node.domain == DOMAIN else [name]
+        names[-1] = names[-1] or name
+    return names
 
 
 def _fresh(name: str, taken: set[str]) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qgraph.errors import ExportError
+from qgraph.prepare import as_arguments
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,14 +55,7 @@ def flatten_inputs(model: nn.Module, example_inputs: Any, example_kwargs: Mappin
     ExportError
         When there is no tensor among them, or the signature does not take them.
     """
-    kwargs = dict(example_kwargs or {})
-    if isinstance(example_inputs, Mapping):
-        kwargs = {**example_inputs, **kwargs}
-        args: tuple[Any, ...] = ()
-    elif isinstance(example_inputs, tuple | list):
-        args = tuple(example_inputs)
-    else:
-        args = (example_inputs,)
+    args, kwargs = as_arguments(example_inputs, example_kwargs)
     names = _positional_names(model, args, kwargs)
     tensors: list[Tensor] = []
     labels: list[str] = []

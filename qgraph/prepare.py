@@ -41,9 +41,9 @@ def prepare(
     model : nn.Module
     config : QConfig or str
         What to quantize and how, such as ``"A4W1-2:4@128"``; see `QConfig.parse`.
-    example_inputs : tuple or Tensor, optional
-        Positional arguments of the forward. With them, the graphs are captured now, in eval and in train mode;
-        without, at the first calls.
+    example_inputs : tuple, Tensor or mapping, optional
+        Positional arguments of the forward, or a mapping of keyword ones. With them, the graphs are captured now, in
+        eval and in train mode; without, at the first calls.
     example_kwargs : mapping, optional
         Keyword arguments of the forward.
     inplace : bool
@@ -79,7 +79,7 @@ def prepare(
     install_all(prepared, shared)
     place_in_standard_layers(prepared)
     if example_inputs is not None or example_kwargs:
-        _capture(prepared, example_inputs, dict(example_kwargs or {}))
+        _capture(prepared, *as_arguments(example_inputs, example_kwargs))
         _put_back_parameters(prepared, model)
         if strict:
             _demand_full_coverage(prepared)
@@ -96,16 +96,15 @@ def _copy_of(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _capture(prepared: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any]) -> None:
-    args = as_arguments(example_inputs)
+def _capture(prepared: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
-        capture(prepared, args, example_kwargs, lambda mode: None)
+        capture(prepared, args, kwargs, lambda mode: None)
     except QGraphError:
         raise
     except Exception as error:
         raise CaptureError(
             f"prepare: {type(prepared).__name__} does not run on the example inputs "
-            f"({_describe(args, example_kwargs)}): {type(error).__name__}: {error}. Pass inputs that the model accepts."
+            f"({_describe(args, kwargs)}): {type(error).__name__}: {error}. Pass inputs that the model accepts."
         ) from error
 
 
@@ -120,13 +119,19 @@ def _put_back_parameters(prepared: nn.Module, model: nn.Module) -> None:
                 parameter.copy_(original)
 
 
-def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
-    """Positional arguments from what a user passes as examples: a tuple of them, a list, or one value alone."""
+def as_arguments(
+    example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call from what a user passes as examples: a tuple or list of positional ones, one value alone,
+    or a mapping of keyword ones (a dictionary as the one argument is a tuple of it).
+    """
+    kwargs = dict(example_kwargs or {})
     if example_inputs is None:
-        return ()
-    if isinstance(example_inputs, list):
-        return tuple(example_inputs)
-    return example_inputs if type(example_inputs) is tuple else (example_inputs,)
+        return (), kwargs
+    if isinstance(example_inputs, Mapping):
+        return (), {**example_inputs, **kwargs}
+    plain = type(example_inputs) in (tuple, list)
+    return tuple(example_inputs) if plain else (example_inputs,), kwargs
 
 
 def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

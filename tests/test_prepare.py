@@ -6,6 +6,7 @@ import copy
 import functools
 import types
 import warnings
+from collections import UserDict
 
 import pytest
 import torch
@@ -335,6 +336,20 @@ def test_twice():
     prepared = qgraph.prepare(mlp(), "W4", X)
     with pytest.raises(qgraph.CaptureError, match="prepared already"):
         qgraph.prepare(prepared, "W4")
+
+
+@pytest.mark.parametrize("mapping", [dict, UserDict, types.MappingProxyType])
+def test_examples_are_positional_or_a_mapping_of_keywords(mapping):
+    """As a tokenizer gives them, and as `export` and `compare` take them."""
+
+    class Masked(CNN):
+        def forward(self, x, scale):
+            return super().forward(x) * scale
+
+    x, scale = torch.randn(2, 3, 8, 8), torch.ones(())
+    for examples in (mapping({"x": x, "scale": scale}), [x, scale], (x, scale)):
+        found = coverage(qgraph.prepare(Masked(), "W4", examples))
+        assert found.graphs == coverage(qgraph.prepare(Masked(), "W4", (x,), example_kwargs={"scale": scale})).graphs
 
 
 def test_inputs_that_the_model_rejects_keep_the_users_traceback():

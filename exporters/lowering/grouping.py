@@ -236,7 +236,12 @@ def _dynamic_blocks(b: GraphBuilder, x: ir.Value, rank: int, block: int, name: s
     zero, one = (b.constant(np.asarray(value, np.int64), "int") for value in (0, 1))
     places = op("Range", zero, op("Squeeze", total, b.ints([0])), one)
     valid = op("Reshape", op("Less", places, length), b.ints([-1, block]))
-    count = b.op("ReduceSum", [b.cast(valid, ir.DataType.FLOAT), b.ints([-1])], {"keepdims": 1}, name=f"{name}/count")
+    count = b.op(
+        "ReduceSum",
+        [b.cast(valid, ir.DataType.FLOAT, name=f"{name}/count"), b.ints([-1])],
+        {"keepdims": 1},
+        name=f"{name}/count",
+    )
     y = recipe(GroupMath(b, name, [-1], (valid, count)), cut)
     whole = op("Reshape", y, b.ints([0] * (rank - 1) + [-1]))
     return op("Slice", whole, b.ints([0]), length, b.ints([-1]))

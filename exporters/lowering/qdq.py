@@ -132,7 +132,9 @@ def _shift(b: GraphBuilder, packed: PackedWeight, name: str) -> ir.Value:
     """`s (c - z)` in a shape that meets the dequantized codes."""
     node = f"{name}.unpack"
     c = b.constant(np.asarray(middle(packed), np.float32), "scalar")
-    shift = b.op("Mul", [emit_scale(b, packed, name), b.op("Sub", [c, emit_zero_point(b, packed, name)], name=node)])
+    shift = b.op(
+        "Mul", [emit_scale(b, packed, name), b.op("Sub", [c, emit_zero_point(b, packed, name)], name=node)], name=node
+    )
     count, size = group_runs(packed)
     if count > 1:
         rows, columns = packed.rows

@@ -97,5 +97,5 @@ def add(b: GraphBuilder, x: ir.Value, y: ir.Value, dtype: np.dtype, name: str) -
     """x + y. Add takes 8-bit integers from opset 14 on; below, it is done in int32."""
     if b.opset >= 14 or dtype.itemsize > 1:
         return b.op("Add", [x, y], name=name)
-    wide = b.op("Add", [b.cast(x, ir.DataType.INT32), b.cast(y, ir.DataType.INT32)], name=name)
+    wide = b.op("Add", [b.cast(v, ir.DataType.INT32, name=name) for v in (x, y)], name=name)
     return b.cast(wide, ir.DataType.from_numpy(dtype), name=name)

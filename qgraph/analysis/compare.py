@@ -23,7 +23,7 @@ from qgraph.terminal import as_text
 
 __all__ = ["LayerDifference", "ModelComparison", "compare"]
 
-RECURRENT = ("LSTM", "GRU", "RNN")
+SEQUENTIAL = ("LSTM", "GRU", "RNN", "MultiheadAttention")
 Comparable = nn.Module | str | os.PathLike[str]
 
 
@@ -231,13 +231,12 @@ def _aligned(a: Recorded, b: Recorded) -> ModelComparison:
     rows: list[LayerDifference] = []
     unseen: set[str] = set()
     files = a.is_file or b.is_file
-    tied = a.tied | b.tied if files else set()
     for path, call in a.order:
         if path not in b.calls:
             continue
         kind = a.kinds.get(path) or b.kinds.get(path, "")
         pair = _file_pair(a, b, path, call, kind) if files else _pair(a, b, path, call)
-        if path in tied or pair is None:
+        if pair is None:
             unseen.add(path)
             continue
         x, y = pair
@@ -260,8 +259,17 @@ def _aligned(a: Recorded, b: Recorded) -> ModelComparison:
     return ModelComparison(
         (a.title, b.title),
         tuple(rows),
-        tuple(path for path in a.calls if path not in b.calls or path in unseen - seen),
-        tuple(path for path in b.calls if path not in a.calls),
+        _only(a, b) + tuple(path for path in a.calls if path in unseen - seen),
+        _only(b, a),
+    )
+
+
+def _only(a: Recorded, b: Recorded) -> tuple[str, ...]:
+    """What ran in `a` and not in `b`. A file has no modules that do nothing, and some that are not called in Python."""
+    return tuple(
+        path
+        for path in a.calls
+        if path not in b.calls and not (b.is_file and path in a.idle) and not (a.is_file and path in b.kinds)
     )
 
 
@@ -276,15 +284,15 @@ def _pair(a: Recorded, b: Recorded, path: str, call: int) -> tuple[Tensor, Tenso
 def _file_pair(a: Recorded, b: Recorded, path: str, call: int, kind: str) -> tuple[Tensor, Tensor] | None:
     """Of a file the last call alone is seen, as one of several values: the first of a fitting shape.
 
-    A file may hold what a recurrent layer returns with batch and time the other way round.
+    A file may hold what a layer over sequences returns with batch and time the other way round.
     """
     if call < len(a.calls[path]) - 1:
         return None
     mine, theirs = a.calls[path][-1], b.calls[path][-1]
-    if kind in RECURRENT:
+    if kind in SEQUENTIAL:
         theirs = [*theirs, *(y.transpose(0, 1) for y in theirs if y.dim() == 3)]
     fitting = [(x, y) for x in mine for y in theirs if x.shape == y.shape]
-    if kind in RECURRENT:
+    if path in a.several | b.several:  # which of them, the file does not say
         fitting.sort(key=lambda pair: float((pair[0] - pair[1]).abs().nan_to_num(math.inf).sum()))
     return fitting[0] if fitting else None
 

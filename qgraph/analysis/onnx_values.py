@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx.inliner
 import torch
 from torch import Tensor
 
 from qgraph.analysis.recorded import Recorded
 from qgraph.errors import InspectError
 from qgraph.exporters.merge import separate
-from qgraph.exporters.outline import DOMAIN
+from qgraph.exporters.outline import inlined
 from qgraph.exporters.probe import session_of
-from qgraph.exporters.report import PARTS, ExportReport, read_report, stacks
+from qgraph.exporters.report import ExportReport, read_report
 
 CANDIDATES = 8  # the last values of a module: an LSTM has its states after its output
 LARGEST = 2**31  # bytes of a model that protobuf holds in memory
 SIZES = ("Shape", "Size")
+OPERANDS = ("input", "other")  # what steps that quantize activations are called, behind the path of the module
 
 
 def record_file(name: str, path: Path, tensors: Mapping[str, Tensor]) -> Recorded:
@@ -43,8 +42,8 @@ def record_file(name: str, path: Path, tensors: Mapping[str, Tensor]) -> Recorde
     if model.ByteSize() > LARGEST:
         raise InspectError(f"compare: {name}: {path}: above 2 GB; expected a file that fits one protobuf.")
     separate(model)
-    plain = onnx.inliner.inline_local_functions(model) if model.functions else model
-    values = layer_values(model.graph, plain.graph, report)
+    plain = inlined(model)
+    values = layer_values(plain.graph, report)
     _show(plain.graph, values)
     outputs = _run(name, path, plain, tensors)
     found = Recorded(f"{path.name} ({report.target}, {report.config})", is_file=True)
@@ -55,56 +54,51 @@ def record_file(name: str, path: Path, tensors: Mapping[str, Tensor]) -> Recorde
     return found
 
 
-def layer_values(graph: onnx.GraphProto, plain: onnx.GraphProto, report: ExportReport) -> dict[str, list[str]]:
+def layer_values(graph: onnx.GraphProto, report: ExportReport) -> dict[str, list[str]]:
     """Module path -> names of the values that may be its output, the likeliest first, in the order of the file.
 
-    A module's output is what its last node computes from data, nodes being named after their modules. Nodes inside a
-    function have no names: there it is the last operation that takes the module's parameters.
-
-    Parameters
-    ----------
-    graph, plain : the graph as it is in the file, and with its functions inlined
+    A module's output is what its last node computes from data (a constant where none does, as positions that are looked
+    up), nodes being named after their modules. `graph` has no functions.
     """
-    produced = list(_computed_from_data(plain))
-    order = {value: i for i, value in enumerate(produced)}
-    values: dict[str, list[str]] = {}
     sites = {f"{layer.path}.{layer.operand}".strip("."): layer.path for layer in report.layers}
-    tied = {layer.path for layer in report.layers if layer.shared_with or ", " in layer.op}  # whose node is it?
+    data = set(_computed_from_data(graph))
+    order = {value: i for i, value in enumerate(value for node in graph.node for value in node.output if value)}
+    values = _last_of_modules(graph, sites, order.keys() - data) | _last_of_modules(graph, sites, data)
+    values[""] = [graph.output[0].name]
+    return dict(sorted(values.items(), key=lambda item: (order.get(item[1][0], len(order)), -len(item[0]))))
+
+
+def _last_of_modules(graph: onnx.GraphProto, sites: Mapping[str, str], among: Set[str]) -> dict[str, list[str]]:
+    """Module path -> those of some values that it computes last, the last first."""
     last_alone = not any("/" in node.name for node in graph.node)  # of a module's nodes the last one has a name
+    values: dict[str, list[str]] = {}
     unnamed: list[str] = []
     for node in graph.node:
-        outputs = [value for value in node.output if value in order]
+        outputs = [value for value in node.output if value in among]
         module = _module_of(node, sites)
         if last_alone and not node.name:
             unnamed = [*outputs, *unnamed]
-        if module is None or module in tied or not outputs:
+        if module is None or not outputs:
             continue
-        if node.domain == DOMAIN:
-            outputs.reverse()  # those of a function are in the order in which it computes them
         values[module] = [*outputs, *unnamed, *values.get(module, [])][:CANDIDATES]
         unnamed = []
         for around in _parents(module):
             values[around] = outputs
-    for module, output in _by_parameters(plain, order, report).items():
-        if module not in tied:
-            values.setdefault(module, [output])
-    values[""] = [plain.output[0].name]
-    ordered = sorted(values.items(), key=lambda item: (order.get(item[1][0], len(order)), -len(item[0])))
-    return dict(ordered)
+    return values
 
 
 def _module_of(node: onnx.NodeProto, sites: Mapping[str, str]) -> str | None:
     """The path of the module that a node is named after; None for the model's own nodes and for quantizers."""
-    stem, slash, _ = node.name.rpartition("/")
-    if not slash:
-        stem = node.name
-        if not stem or re.sub(r"_\d+$", "", stem) == node.op_type:
-            return None
-        if (holder := stem.rpartition(".")[0]) in sites:  # fc.weight.gather: the rows of an embedding
-            return sites[holder]
-    if stem.startswith("qgraph.") or any(site and stem.startswith(f"{site}.") for site in {*sites, *sites.values()}):
+    stem, slash, _ = node.name.partition("/")
+    if not slash and (not stem or re.sub(r"_\d+$", "", stem) == node.op_type):
         return None
-    return stem
+    holder, _, last = stem.rpartition(".")
+    if stem in sites.values():
+        return stem
+    if holder in sites and not slash:  # fc.weight.gather: the rows of an embedding
+        return sites[holder]
+    quantizes = last in OPERANDS and holder in sites.values()
+    return None if quantizes or f"{stem}.".startswith(("qgraph.", *(f"{site}." for site in sites))) else stem
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -125,34 +119,6 @@ def _computed_from_data(graph: onnx.GraphProto) -> Iterator[str]:
 def _reads_inside(node: onnx.NodeProto, known: set[str]) -> bool:
     bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
     return any(known.intersection(inner.input) or _reads_inside(inner, known) for g in bodies for inner in g.node)
-
-
-def _by_parameters(graph: onnx.GraphProto, data: Mapping[str, int], report: ExportReport) -> dict[str, str]:
-    """Module path -> the last value that an operation computes from data and the module's weight or bias."""
-    owner: dict[str, str] = {}
-    for layer in report.layers:
-        if "Gather" not in layer.op:  # an embedding is looked up: its rows are unpacked after that
-            site = f"{layer.path}.{layer.operand}".strip(".")
-            owner |= {f"{site}.{part}": layer.path for part in PARTS}
-    stacked = {name: [layer.path for layer in members] for name, members in stacks(report.layers).items()}
-    owner |= {f"{name}.{part}": name for name in stacked for part in PARTS}
-    users = Counter(value for node in graph.node for value in set(node.input))
-    for item in report.leftovers:
-        module, _, parameter = item.name.rpartition(".")
-        if (
-            parameter in ("weight", "bias") and users[item.name] == 1
-        ):  # equal parameters are stored once, under one name
-            owner[item.name] = module
-    found: dict[str, str] = {}
-    for node in graph.node:
-        owners = [owner[value] for value in node.input if value in owner]
-        if owners and any(value in data for value in node.input):
-            found[owners[0]] = node.output[0]
-        elif owners and node.op_type == "Split" and owners[0] in stacked:
-            owner |= dict(zip(node.output, stacked[owners[0]], strict=True))
-        elif owners and node.op_type not in SIZES:
-            owner |= dict.fromkeys(node.output, owners[0])  # the weight, unpacked a step further
-    return found
 
 
 def _show(graph: onnx.GraphProto, values: Mapping[str, list[str]]) -> None:

@@ -17,14 +17,16 @@ class Recorded:
     """The outputs of one run by module path; `order` has path and number of each call in the order of execution.
 
     `calls`: for each call of the module the values that may be its output, the likeliest first: one for a module,
-    several for a file. `kinds`: the module's class. `tied`: modules that share a parameter with another one.
+    several for a file. `kinds`: the class of each module, of those too that did not run. `idle`: modules that
+    gave back what they were given, as a dropout does in eval. `several`: those that return more than one tensor.
     """
 
     title: str
     calls: dict[str, list[list[Tensor]]] = field(default_factory=dict)
     order: list[tuple[str, int]] = field(default_factory=list)
     kinds: dict[str, str] = field(default_factory=dict)
-    tied: set[str] = field(default_factory=set)
+    idle: set[str] = field(default_factory=set)
+    several: set[str] = field(default_factory=set)
     is_file: bool = False
 
     def add(self, path: str, candidates: list[Tensor]) -> None:
@@ -45,7 +47,7 @@ def record_module(name: str, model: nn.Module, inputs: Any) -> Recorded:
     from qgraph.exporters.signature import flat_model, flatten_inputs
 
     model = unwrapped(model)
-    found = Recorded(title_of(model), tied=_tied(model))
+    found = Recorded(title_of(model))
     modes = {module: module.training for module in model.modules()}
     handles = []
     try:
@@ -70,13 +72,6 @@ def record_module(name: str, model: nn.Module, inputs: Any) -> Recorded:
     return found
 
 
-def _tied(model: nn.Module) -> set[str]:
-    holders: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(parameter, []).append(name.rpartition(".")[0])
-    return {path for paths in holders.values() if len(set(paths)) > 1 for path in paths}
-
-
 class _Keep:
     """Forward hook: copies, since a later operation may write into the output."""
 
@@ -88,6 +83,10 @@ class _Keep:
 
         floats = [t for t in flatten_outputs(output, set())[0] if t.is_floating_point()]
         if floats:
+            if args and floats[0] is args[0]:
+                self.found.idle.add(self.path)
+            if floats[1:]:
+                self.found.several.add(self.path)
             self.found.add(self.path, [floats[0].detach().to("cpu", copy=True)])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qgraph.exporters.merge import separate
+from qgraph.exporters.outline import inlined
 from qgraph.exporters.report import PARTS, stacked_sites
 from qgraph.inspection.layers import Layer
 from qgraph.inspection.onnx_file import load
@@ -35,13 +36,11 @@ def onnx_network(path: Path, layers: Iterable[Layer] = ()) -> networkx.DiGraph:
         its name stands for what is cut out.
     """
     import networkx
-    import onnx.inliner
 
     model = load(path)
     separate(model)
     stacked = stacked_sites(model)
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+    model = inlined(model)
     network = networkx.DiGraph()
     made: dict[str, str] = {}
     layers = list(layers)
