@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import fx
 
 from qgraph.modules import Sparsifier, WeightQuantizer
-from qgraph.passes.weights import entries, insert_module, note, value_of, weight_meta
+from qgraph.passes.weights import entries, insert_module, note, weight_meta
 from qgraph.pipeline import Note, Pass, PassContext, PassResult
 
 
@@ -29,6 +29,8 @@ class QuantizeWeights(Pass):
     2. After a sparsifier the quantizer also takes the dense weight: ``self.qgraph.weight(sparse, weight)``.
     3. A parameter used transposed is quantized before the transpose; tied weights share one quantizer.
     4. An operand that already is quantized is left as it is.
+    5. A weight that has been written into is quantized right before its site, at each of them: as it is there, with the
+       gradients that are on there.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -38,7 +40,7 @@ class QuantizeWeights(Pass):
         modified = False
         for entry in entries(graph, context):
             dense = entry.dense
-            _, quantizer = context.owner.weight(entry.placed, value_of(dense, context.module))
+            _, quantizer = context.owner.weight(entry.placed, entry.example(context.module))
             if quantizer is None:
                 notes.append(note(self.name, entry, "left float"))
                 continue
@@ -46,7 +48,7 @@ class QuantizeWeights(Pass):
             if sparse and not _is_sparsifier(entry.weight, context):
                 continue
             args = (entry.weight, dense) if sparse else (entry.weight,)
-            new = insert_module(graph, entry.weight, entry.placed.key, args, weight_meta(entry, quantizer.spec))
+            new = insert_module(graph, entry, entry.placed.key, args, weight_meta(entry, quantizer.spec))
             entry.reroute(new)
             modified = True
             notes.append(note(self.name, entry, _told(quantizer, dense)))

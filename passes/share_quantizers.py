@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from qgraph.graph import function_name, is_quantizer
+from qgraph.graph import is_quantizer, nodes_written
 from qgraph.modules import ActivationQuantizer
 from qgraph.pipeline import Note, Pass, PassContext, PassResult
 
@@ -56,7 +56,4 @@ def _may_change_tensors(node: fx.Node, context: PassContext) -> bool:
         return False
     if node.op == "call_module":
         return True
-    name = function_name(node)
-    if name.startswith("__i") or name == "setitem" or "out" in node.kwargs or node.kwargs.get("inplace"):
-        return True
-    return name.endswith("_") and not name.endswith("__")
+    return bool(nodes_written(node))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from qgraph.passes.weights import entries, insert_module, note, value_of, weight_meta
+from qgraph.passes.weights import entries, insert_module, note, weight_meta
 from qgraph.pipeline import Note, Pass, PassContext, PassResult
 
 
@@ -35,12 +35,12 @@ class SparsifyWeights(Pass):
         for entry in entries(graph, context):
             if entry.weight is not entry.dense:
                 continue
-            sparsifier, _ = context.owner.weight(entry.placed, value_of(entry.dense, context.module))
+            sparsifier, _ = context.owner.weight(entry.placed, entry.example(context.module))
             if sparsifier is None:
                 continue
             key = f"{entry.placed.key}.sparsifier"
             meta = weight_meta(entry, sparsifier.sparsity)
-            entry.reroute(insert_module(graph, entry.weight, key, (entry.weight,), meta))
+            entry.reroute(insert_module(graph, entry, key, (entry.weight,), meta))
             modified = True
             notes.append(note(self.name, entry, str(sparsifier.sparsity)))
         return PassResult(modified, tuple(notes))

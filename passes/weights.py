@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from qgraph.graph import GraphSite, find_sites, is_quantizer, unquantized
+from qgraph.graph import GraphSite, find_sites, is_quantizer, nodes_written, over_same_memory, unquantized
 from qgraph.pipeline import Note, PassContext
 from qgraph.placement import Placed
 
@@ -32,6 +33,19 @@ class Entry:
         """The weight before any quantizer or sparsifier."""
         return unquantized(self.weight)
 
+    @property
+    def writes(self) -> list[fx.Node]:
+        """What writes into the weight's memory before it is used."""
+        earlier = itertools.takewhile(lambda node: node is not self.user, self.user.graph.nodes)
+        return [n for n in earlier if any(over_same_memory(self.weight, target) for target in nodes_written(n))]
+
+    def example(self, module: nn.Module) -> Callable[[], Tensor]:
+        """Computes the present value of the dense weight."""
+        node: Any = self.dense
+        while self.placed.source.exact and node.op != "get_attr":
+            node = node.args[0]
+        return value_of(node, module, [] if self.placed.source.exact else self.writes)
+
     def reroute(self, new: fx.Node) -> None:
         """Let the site take `new` for its weight."""
         if self.user is self.site.node:
@@ -48,18 +62,21 @@ def entries(graph: fx.Graph, context: PassContext) -> list[Entry]:
 
 def _entry(site: GraphSite, placed: Placed) -> Entry:
     user, node = site.node, site.operand_node(placed)
-    while placed.source.exact and node.op != "get_attr" and not is_quantizer(node):
+    while placed.source.exact and node.op != "get_attr" and not is_quantizer(node) and not nodes_written(node):
         user, node = node, node.args[0]
     return Entry(site, placed, user, node)
 
 
-def insert_module(graph: fx.Graph, after: fx.Node, key: str, args: tuple[Any, ...], meta: dict[str, Any]) -> fx.Node:
-    """Call the module `qgraph.<key>` after a node; the call that is already there is used again."""
+def insert_module(graph: fx.Graph, entry: Entry, key: str, args: tuple[Any, ...], meta: dict[str, Any]) -> fx.Node:
+    """Call the module `qgraph.<key>` after a weight; the call that is already there is used again. A weight that has
+    been written into is taken as it is where it is used.
+    """
     target = f"qgraph.{key.replace('.', '__')}"
+    written = bool(entry.writes)
     for node in graph.nodes:
-        if node.op == "call_module" and node.target == target and node.args == args:
+        if not written and node.op == "call_module" and node.target == target and node.args == args:
             return node
-    with graph.inserting_after(after):
+    with graph.inserting_before(entry.user) if written else graph.inserting_after(entry.weight):
         node = graph.create_node("call_module", target, args, name=f"{key.replace('.', '_')}_q")
     node.meta.update(meta)
     return node
@@ -74,28 +91,31 @@ def weight_meta(entry: Entry, spec: Any) -> dict[str, Any]:
     }
 
 
-def value_of(node: fx.Node, module: nn.Module) -> Callable[[], Tensor]:
-    """Computes the present value of a node that depends on parameters alone, and on recorded sizes."""
+def value_of(node: fx.Node, module: nn.Module, writes: Sequence[fx.Node] = ()) -> Callable[[], Tensor]:
+    """Computes the present value of a node that depends on parameters alone, and on recorded sizes; `writes`: nodes
+    that write into it, which is done to a copy.
+    """
 
     def run() -> Tensor:
         found: dict[fx.Node, Any] = {}
         with torch.no_grad():
-            for each in _needed(node):
-                found[each] = _compute(each, module, found)
+            for each in _needed(node, *writes):
+                value = _compute(each, module, found)
+                found[each] = value.clone() if writes and each.op == "get_attr" else value
         return found[node]
 
     return run
 
 
-def _needed(node: fx.Node) -> list[fx.Node]:
-    """The nodes that a value depends on, in order; sizes are known, so what they are sizes of is left out."""
-    wanted, stack = {node}, [node]
+def _needed(*nodes: fx.Node) -> list[fx.Node]:
+    """The nodes that values depend on, in order; sizes are known, so what they are sizes of is left out."""
+    wanted, stack = set(nodes), list(nodes)
     while stack:
         for each in _inputs(stack.pop()):
             if each not in wanted:
                 wanted.add(each)
                 stack.append(each)
-    return [each for each in node.graph.nodes if each in wanted]
+    return [each for each in nodes[0].graph.nodes if each in wanted]
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:

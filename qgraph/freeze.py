@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qgraph.capture.names import format_target
 from qgraph.capture.state import ModuleState
 from qgraph.copying import copied
 from qgraph.errors import CaptureError
@@ -194,7 +195,8 @@ def _release(model: nn.Module, released: set[int]) -> None:
                 for table, name in held.present:
                     if (id(owner), name) in gone:
                         held.present[table, name] = False
-            pattern = re.compile("|".join(rf"\bself\.{re.escape(target)}\b" for target in missing) or r"(?!)")
+            gone_here = [rf"\b{re.escape(format_target('self', target))}(?!\w)" for target in missing]
+            pattern = re.compile("|".join(gone_here) or r"(?!)")
             variant.guards = tuple(guard for guard in variant.guards if not pattern.search(guard.source))
             variant.compile()
         state.frozen = state.frozen or lost

@@ -16,7 +16,7 @@ from qgraph.config import QConfig, QuantSpec, SparsitySpec
 from qgraph.modules import ActivationQuantizer, Quantizers, Sparsifier, WeightQuantizer
 from qgraph.ops import Groups
 from qgraph.placement import Owner, Site, place
-from qgraph.sites import CONSTANT, DATA, SiteCall, Source, combine, site_call, swaps_last_two
+from qgraph.sites import CONSTANT, DATA, SiteCall, Source, after_write, combine, site_call, swaps_last_two, written
 
 if TYPE_CHECKING:
     from qgraph.capture.state import ModuleState
@@ -105,6 +105,10 @@ def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
         if _is_number(node, numbers):
             numbers.add(node)
         sources[node] = node_source(node, sources, numbers, owner)
+        for target in nodes_written(node):
+            for other in sources:
+                if other is target or over_same_memory(other, target):
+                    sources[other] = after_write(sources[other], sources[node])
         name = function_name(node)
         known = getattr(node.target, "site", None)  # of an autograd Function, found when it was recorded
         call = known if isinstance(known, SiteCall) else site_call(name, node.args, node.kwargs, rank)
@@ -117,6 +121,17 @@ def find_sites(graph: fx.Graph, owner: Owner) -> Iterator[GraphSite]:
         site = place(call, found, owner, functools.partial(ordinal, operands))
         if site is not None:
             yield GraphSite(node, site)
+
+
+def nodes_written(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensors a node writes into."""
+    target = written(function_name(node), node.args, node.kwargs)
+    return [n for n in (target if isinstance(target, (tuple, list)) else [target]) if isinstance(n, fx.Node)]
+
+
+def over_same_memory(a: fx.Node, b: fx.Node) -> bool:
+    """Whether the tensors of two nodes shared their memory when the graph was recorded."""
+    return a.meta.get("memory", a) == b.meta.get("memory", b)
 
 
 def node_source(node: fx.Node, sources: dict[fx.Node, Source], numbers: set[fx.Node], owner: Owner) -> Source:
@@ -139,6 +154,8 @@ def node_source(node: fx.Node, sources: dict[fx.Node, Source], numbers: set[fx.N
         return Source("parameter", (f"{owner.path}.{node.target}".lstrip("."),)) if made_of_parameters else CONSTANT
     name = function_name(node)
     first = node.args[0] if node.args else None
+    if isinstance(first, fx.Node) and first in nodes_written(node) and sources[first].exact:  # a parameter stays itself
+        return sources[first]
     swapped = isinstance(first, fx.Node) and swaps_last_two(name, node.args, rank(first))
     return combine(name, inputs, swapped)
 
@@ -173,7 +190,8 @@ def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
     if function_name(node) in _SIZES:
         return True
     inputs = node.all_input_nodes
-    return node.op != "placeholder" and bool(inputs) and numbers.issuperset(inputs)
+    tensor = node.op == "placeholder" or "dtype" in node.meta  # as torch.zeros(size) gives
+    return not tensor and bool(inputs) and numbers.issuperset(inputs)
 
 
 _SIZES = frozenset({"size", "numel", "dim", "shape", "dtype", "device", "ndim", "len"})

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qgraph.capture.driver import capture, install_all
@@ -79,6 +80,7 @@ def prepare(
     place_in_standard_layers(prepared)
     if example_inputs is not None or example_kwargs:
         _capture(prepared, *as_arguments(example_inputs, example_kwargs))
+        _put_back_parameters(prepared, model)
         if strict:
             _demand_full_coverage(prepared)
     return prepared
@@ -104,6 +106,17 @@ def _capture(prepared: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             f"prepare: {type(prepared).__name__} does not run on the example inputs "
             f"({_describe(args, kwargs)}): {type(error).__name__}: {error}. Pass inputs that the model accepts."
         ) from error
+
+
+def _put_back_parameters(prepared: nn.Module, model: nn.Module) -> None:
+    """What the example runs have written into parameters is taken back, as all else that they change is."""
+    originals = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in prepared.named_parameters():
+            original = originals.get(name, parameter)
+            plain = type(parameter) is type(original) is nn.Parameter and not parameter.is_meta
+            if plain and parameter.shape == original.shape and not torch.equal(parameter, original):
+                parameter.copy_(original)
 
 
 def as_arguments(

@@ -111,6 +111,22 @@ def keeps_values(name: str) -> bool:
     return name in _SAME
 
 
+_IN_PLACE = frozenset({"setitem", "__setitem__", "set_data"}) | {
+    f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}  # fmt: skip
+
+
+def written(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What a call of the function `name` writes into: a tensor, several, or None."""
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace")
+    return args[0] if in_place and args else kwargs.get("out")
+
+
+def after_write(before: Source, source: Source) -> Source:
+    """The source of a tensor that a call has written into, whose result has this source: a parameter stays itself."""
+    return before if before.exact or before.kind == "data" else combine("", (before, source))
+
+
 def swaps_last_two(name: str, args: Sequence[Any], ndim: int) -> bool:
     """Whether a call of one of the transposing functions exchanges exactly the last two dimensions."""
     if name not in _TRANSPOSES or ndim < 2:
@@ -284,3 +300,4 @@ _TABLE: dict[str, Callable[..., SiteCall | None]] = {
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **{f"{name}_cell": _cell for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
 }
+FUNCTIONS = frozenset(_TABLE) | {"multi_head_attention_forward"}

@@ -510,3 +510,12 @@ def test_learned_steps_are_children_that_move_with_their_module():
     met = []
     prepared.apply(met.append)
     assert len(met) == len(list(prepared.modules()))
+
+
+def test_other_tracers_give_the_prepared_model_or_an_error():
+    x = torch.randn(3, 4)
+    prepared = qgraph.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "A8W4", x).eval()
+    traced = torch.jit.trace(prepared, x)
+    assert torch.equal(traced(-x), prepared(-x))
+    with pytest.raises(qgraph.CaptureError, match=r"symbolic_trace.* Trace the float model"):
+        torch.fx.symbolic_trace(prepared)

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from qgraph.capture.calls import Constant, Rebuild
+from qgraph.capture.calls import Constant, Rebuild, Setter
+from qgraph.capture.names import format_target
 from qgraph.capture.objects import check_class, check_own, rebuildable
 from qgraph.capture.source import locate
 from qgraph.capture.state import find_attribute, is_weight
-from qgraph.capture.structure import Step, Unsupported, is_namedtuple, parts, walk
+from qgraph.capture.structure import Step, Unsupported, is_namedtuple, memory_of, parts, walk
 from qgraph.capture.values import Leaf, emit, is_traced, traced
 
 if TYPE_CHECKING:
@@ -56,13 +57,14 @@ class Values:
         self._known: dict[int, _Known] = {}
         self._state_nodes: dict[str, fx.Node] = {}
         self.data_dependent: set[fx.Node] = set()
+        self._memories: dict[int, tuple[Tensor, int]] = {}  # by `memory_of`: a tensor over it, held, and its number
 
     # -- meeting values ----------------------------------------------------------------------------------------------
 
     def input(self, node: fx.Node, value: Any) -> Any:
         """Make an argument of the forward known; returns it with its ints traced."""
         self._learn(node, value)
-        _describe(node, value)
+        self._describe(node, value)
         return self._trace_ints(node, value)
 
     def result(
@@ -77,7 +79,12 @@ class Values:
         """Make the result of a call known; returns what the forward's code shall see of it."""
         if isinstance(result, Tensor):
             result = self._unalias(result, versions)
-        _describe(node, result)
+        target: Any = node.args[0] if isinstance(node.target, Setter) else None
+        if (
+            target is not None and "memory" in target.meta
+        ):  # `tensor.data = other`: still the same, as the graph sees it
+            self._memories[memory_of(args[0])] = (args[0], target.meta["memory"])
+        self._describe(node, result)
         self._learn(node, result)
         tainted = data_dependent or any(n in self.data_dependent for n in node.all_input_nodes)
         if tainted:
@@ -99,6 +106,12 @@ class Values:
         if before is None or result.is_inference() or before != result._version:
             return result
         return result.view_as(result)
+
+    def _describe(self, node: fx.Node, value: Any) -> None:
+        """Keep the example's size and dtype with a tensor's node, and which of the graph's memories it is over."""
+        if isinstance(value, Tensor):
+            node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
+            node.meta["memory"] = self._memories.setdefault(memory_of(value), (value, len(self._memories)))[1]
 
     def _learn(self, node: fx.Node, value: Any) -> None:
         for path, item in walk(value):
@@ -171,7 +184,7 @@ class Values:
                 self._recorder.guard_text(f"self{''.join(map(str, known.path))} is not None")
         node = self.step_into(start, known.path)
         known.node, known.path = node, ()
-        _describe(node, known.value)
+        self._describe(node, known.value)
         return node
 
     def step_into(self, node: fx.Node, path: tuple[Step, ...]) -> fx.Node:
@@ -294,7 +307,7 @@ class Values:
         with self.at_top():
             node = self._graph.call_function(target)
         node.meta["where"] = locate()[0]
-        _describe(node, tensor)
+        self._describe(node, tensor)
         self._known[id(tensor)] = _Known(tensor, node)
         return node
 
@@ -316,9 +329,10 @@ class Values:
             else:
                 node = self._graph.create_node("get_attr", path, name=name)
         node.meta["where"] = locate()[0]
-        node.meta["source"] = f"self.{path}"
+        holder, bracket, index = path.partition("[")
+        node.meta["source"] = format_target("self", holder) + bracket + index
         node.meta["parameter"] = is_weight(self._recorder.module, path, tensor)
-        _describe(node, tensor)
+        self._describe(node, tensor)
         return node
 
 
@@ -345,12 +359,6 @@ class _Part(Leaf):
 def _has_identity(value: Any, path: tuple[Step, ...]) -> bool:
     """Whether a part of a value is known by its identity: tensors and containers, but no tuple inside another value."""
     return isinstance(value, Tensor) or (parts(value) is not None and (not isinstance(value, tuple) or not path))
-
-
-def _describe(node: fx.Node, value: Any) -> None:
-    """Keep the example's size and dtype with a tensor's node."""
-    if isinstance(value, Tensor):
-        node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
 
 
 def _leaf_nodes(expression: Any) -> list[fx.Node]:

@@ -53,6 +53,8 @@ class Held:
         Names of which there was no attribute.
     names : dict
         The names in `_modules`, `_parameters`, `_buffers`, `__dict__`, for a forward that goes through all of them.
+    captured : dict
+        Of the children that were read, whether each had a captured class: one that is put in their place has none.
     """
 
     path: tuple[str, ...]
@@ -62,6 +64,7 @@ class Held:
     present: dict[tuple[str, str], bool] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    captured: dict[str, bool] = field(default_factory=dict)
 
     def same_in(self, module: Any) -> bool:
         """Whether `module`, from which the path starts, holds the same now."""
@@ -72,6 +75,11 @@ class Held:
         own = module.__dict__
         for (table, name), given in self.present.items():
             if ((own[table] if table else own).get(name) is not None) is not given:
+                return False
+        modules = own["_modules"]
+        for name, captured in self.captured.items():
+            child = modules.get(name)
+            if child is not None and (STATE in child.__dict__) is not captured:
                 return False
         for name, value in self.constants.items():
             now = own[name] if name in own else getattr(type(module), name, None)
@@ -105,11 +113,22 @@ class AttributeReads:
 
     @property
     def held(self) -> tuple[Held, ...]:
+        for module, held in zip(self._modules, self._held.values(), strict=True):
+            if held is not None:
+                read = _names(module._modules) if "_modules" in held.names else ()
+                read += tuple(name for table, name in held.present if table == "_modules")
+                children = ((name, module._modules.get(name)) for name in read)
+                held.captured = {name: STATE in child.__dict__ for name, child in children if child is not None}
         return tuple(held for held in self._held.values() if held is not None)
 
     def wrote(self, module: nn.Module, name: str, own: bool) -> None:
         """An attribute is set while the forward runs: by its own code, or by that of a child."""
         self._written[id(module), name] = own
+
+    def relies_on(self, module: Any, name: str) -> bool:
+        """Whether the graph takes the number that stood there before for a constant."""
+        held = self._held.get(id(module))
+        return held is not None and name in held.constants
 
     def read(self, module: nn.Module, name: str, frame: FrameType) -> None:
         """The forward's own code asks for an attribute; `frame` is where."""

@@ -43,6 +43,13 @@ def attributes_named(code: CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*map(attributes_named, _inner(code)))
 
 
+@functools.lru_cache(maxsize=4096)
+def multiplies(code: CodeType) -> bool:
+    """Whether a function's code has an ``@`` in it."""
+    own = any(i.opname == "BINARY_OP" and i.argrepr.startswith("@") for i in dis.get_instructions(code))
+    return own or any(map(multiplies, _inner(code)))
+
+
 def _inner(code: CodeType) -> list[CodeType]:
     return [constant for constant in code.co_consts if isinstance(constant, CodeType)]
 

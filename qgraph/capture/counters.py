@@ -56,10 +56,12 @@ class Counters:
                 continue
             if type(now) is int and now == plain(counter.shown):
                 attributes[counter.name] = counter.shown
+                self._recorder.effects.show(counter.holder, Step(True, counter.name), counter.shown)
             elif type(now) is int:  # read at this place of the graph, since it may change again
                 node = self._recorder.values.reach_object(counter.holder)
                 leaf = Leaf(self._recorder.values.step_into(node, (Step(True, counter.name),)), "")
                 attributes[counter.name] = counter.shown = traced(now, leaf, self._recorder)
+                self._recorder.effects.show(counter.holder, Step(True, counter.name), counter.shown)
 
     def hide(self) -> None:
         """Put the plain numbers back."""

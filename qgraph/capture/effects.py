@@ -46,6 +46,7 @@ class Effects:
         self._children_called = False
         self.child_paths: dict[int, str] = {}
         self._watched: dict[int, _Watched] = {}
+        self._hidden: list[tuple[Any, Step, Any, Any]] = []
 
     def watch(self, value: Any, name: str, given: bool) -> None:
         """Follow every mutable part of a value whose node is known."""
@@ -80,7 +81,7 @@ class Effects:
             node = self._recorder.values.reach_object(watched.value)
             for step, value in after.items():
                 if not _same(watched.state.get(step, _MISSING), value):
-                    _refuse(watched, step, value)
+                    self._refuse(watched, step, value)
             if isinstance(watched.value, nn.Module):
                 self._guard_module(watched, after)
             _EMITTERS[_kind(watched.value)](self, node, watched, after)
@@ -106,12 +107,36 @@ class Effects:
         """Whether what a path below the module means now may not be what it meant when the forward began."""
         return self._children_called and "." in path
 
-    def release(self) -> None:
-        """Leave no traced number behind in an object."""
+    def show(self, holder: Any, step: Step, number: Any) -> None:
+        """An attribute of an object that is followed holds its own number, traced, from now on."""
+        if (watched := self._watched.get(id(holder))) is not None:
+            watched.state = {**watched.state, step: number}
+
+    def hide(self) -> None:
+        """Let whoever else looks (a child) meet plain numbers in objects."""
         for watched in self._watched.values():
             for step, value in _state(watched.value).items():
-                if is_traced(value):
-                    step.put(watched.value, plain(value))
+                if _holds_traced(value):
+                    number = plain(value)
+                    _put(watched.value, step, number)
+                    self._hidden.append((watched.value, step, value, number))
+
+    def unhide(self) -> None:
+        """Put the traced numbers back, but where another has been put meanwhile."""
+        for holder, step, value, number in self._hidden:
+            if _state(holder).get(step, _MISSING) is number:
+                _put(holder, step, value)
+        self._hidden = []
+
+    def release(self) -> None:
+        """Leave no traced number behind in an object."""
+        self.hide()
+        for watched in self._watched.values():
+            for value in _state(watched.value).values():
+                if type(value) in (list, dict):
+                    for step, item in parts(value) or ():
+                        if _holds_traced(item):
+                            step.put(value, plain(item))
 
     # -- one object's change -----------------------------------------------------------------------------------------
 
@@ -132,7 +157,7 @@ class Effects:
                     values.settle(item)
 
     def _adopt(self, watched: _Watched, after: State) -> None:
-        before, watched.state = watched.state, {step: plain(value) for step, value in after.items()}
+        before, watched.state = watched.state, after
         for step, value in after.items():
             if not _same(before.get(step, _MISSING), value):
                 self.watch(value, f"{watched.name}{step}", watched.given)
@@ -149,6 +174,21 @@ class Effects:
                 self._recorder.guard_text(f"not hasattr({source}, {step.key!r})")
             else:
                 self._recorder.guard_text(f"{source}{step} is {'' if before is None else 'not '}None")
+
+    def _refuse(self, watched: _Watched, step: Step, value: Any) -> None:
+        """Raise for a change that a graph had better not replay.
+
+        A number that changes from call to call would be another constant, and so another graph, each time. A size is
+        none, where the forward has not read the number that was there.
+        """
+        holder, old = watched.value, watched.state.get(step)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        size = is_traced(value) and not self._recorder.attributes.relies_on(holder, step.key)
+        counts = watched.given and number and not size and isinstance(old, (int, float))
+        if counts and not has_counters(holder):
+            raise Unsupported(f"counts in {watched.name}{step}")
+        if isinstance(holder, nn.Module) and isinstance(value, (nn.Module, list, dict, set)):
+            raise Unsupported(f"assigns {watched.name}{step}, a {type(value).__name__}")
 
     def _call(self, function: Callable[..., Any], *args: Any) -> None:
         node = self._recorder.graph.call_function(function, args)
@@ -210,18 +250,17 @@ def _kind(value: Any) -> str:
 
 
 def _same(old: Any, new: Any) -> bool:
-    return same(old, plain(new) if not isinstance(old, Tensor) else new)
+    """Whether a part is as it was; a traced number is the same as no other, since it may differ at the next call."""
+    return old is new if _holds_traced(new) else same(plain(old) if _holds_traced(old) else old, new)
 
 
-def _refuse(watched: _Watched, step: Step, value: Any) -> None:
-    """Raise for a change that a graph had better not replay.
+def _holds_traced(value: Any) -> bool:
+    return is_traced(value) or (type(value) is tuple and plain(value) is not value)
 
-    A number that changes from call to call would be another constant, and so another graph, each time.
-    """
-    old = watched.state.get(step)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    counts = watched.given and number and isinstance(old, (int, float))
-    if counts and not has_counters(watched.value):
-        raise Unsupported(f"counts in {watched.name}{step}")
-    if isinstance(watched.value, nn.Module) and isinstance(value, (nn.Module, list, dict, set)):
-        raise Unsupported(f"assigns {watched.name}{step}, a {type(value).__name__}")
+
+def _put(holder: Any, step: Step, value: Any) -> None:
+    """Set a part without the ado of a module that is assigned to."""
+    if isinstance(holder, nn.Module):
+        holder.__dict__[step.key] = value
+    else:
+        step.put(holder, value)

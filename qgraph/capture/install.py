@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.overrides import _pop_mode_temporarily
 
 from qgraph.capture.arguments import SELF
@@ -28,6 +28,7 @@ from qgraph.capture.compiling import (
     under_compiler,
 )
 from qgraph.capture.guards import GuardMiss
+from qgraph.capture.methods import beside_forward
 from qgraph.capture.opaque import Running, SiteMode, run_opaque, running_mode
 from qgraph.capture.session import active, capturing, current
 from qgraph.capture.snapshot import Snapshot, copies
@@ -91,7 +92,7 @@ def _make_class(cls: Any, own: bool) -> type:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if active.count or Running.count:
+        if active.count or Running.count or STATE not in self.__dict__:
             return dispatch(self, original, args, kwargs)
         return _run(self, original, args, kwargs)
 
@@ -106,6 +107,7 @@ def _make_class(cls: Any, own: bool) -> type:
         return _restore, (cls, own), state
 
     namespace = {
+        **beside_forward(cls),
         "forward": entry(cls, forward),
         SELF: property(lambda self: self),
         "qgraph_fused": issubclass(cls, _FUSED),
@@ -124,7 +126,7 @@ def _restore(cls: type, own: bool = False) -> Any:
 
 def dispatch(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an installed forward: by a captured graph that holds for this call, else as recorded Python."""
-    if STATE not in module.__dict__:  # made by the forward itself (a slice of a Sequential): its code is the caller's
+    if STATE not in module.__dict__:  # a slice of a Sequential, another of a model's class: made of it, not prepared
         return forward(module, *args, **kwargs)
     if active.count and not torch.compiler.is_compiling():
         session = current()
@@ -216,6 +218,11 @@ def run_python(module: nn.Module, state: ModuleState, forward: Any, args: Any, k
             f"module '{state.path}' is frozen and was called in a way that none of its graphs holds for "
             f"({', '.join(call.names) or 'no arguments'}{', in train mode' if module.training else ''}); expected a "
             f"call as those before qgraph.freeze. Make such a call of the prepared model in eval, then freeze it again."
+        )
+    if any(isinstance(value, fx.Proxy) for value in call.values):
+        raise CaptureError(
+            f"module '{state.path}' is prepared and was called by torch.fx.symbolic_trace, which would lose them. "
+            f"Trace the float model and prepare the GraphModule; qgraph.inspect(model).graphs has our graphs."
         )
     if torch.compiler.is_exporting() or not under_compiler():
         return _python_body(module, state, forward, args, kwargs, call)

@@ -66,12 +66,16 @@ def run_opaque(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     compiler: Any = None,
+    keep: bool = False,
 ) -> Any:
-    """The module's own forward under a `SiteMode`."""
+    """The module's own forward, or another method, under a `SiteMode`; `keep`: note the sites that it meets."""
     mode = SiteMode(module, state, compiler)
     for name, value in (*zip(state.names(args, {}), args, strict=True), *kwargs.items()):
         mode.operands.enter(name, value)
-    return _run_under(mode, forward, (module, *args), kwargs)
+    result = _run_under(mode, forward, (module, *args), kwargs)
+    if keep:
+        state.keep_sites(mode.operands.sites)
+    return result
 
 
 def _run_under(mode: SiteMode, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

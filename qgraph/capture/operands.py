@@ -15,10 +15,10 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from qgraph.capture.calls import transformed
 from qgraph.capture.source import locate
 from qgraph.capture.state import ModuleState, find_attribute, is_weight
-from qgraph.capture.structure import tensors_in, walk
+from qgraph.capture.structure import memory_of, tensors_in, walk
 from qgraph.ops.vmapped import is_batched, unwrapped
 from qgraph.placement import Placed, Site, place
-from qgraph.sites import CONSTANT, DATA, SiteCall, Source, combine, site_call, swaps_last_two
+from qgraph.sites import CONSTANT, DATA, SiteCall, Source, after_write, combine, site_call, swaps_last_two, written
 
 
 class OperandTracker:
@@ -65,7 +65,9 @@ class OperandTracker:
         """Note the source of what a function returned."""
         tensors = _tensors(args[:1] if name == "_make_dual" else (*args, *kwargs.values()))  # not the tangent
         swapped = bool(args) and isinstance(args[0], Tensor) and swaps_last_two(name, args, args[0].dim())
-        self._note(result, combine(name, [self.source(t) for t in tensors], swapped))
+        source = combine(name, [self.source(t) for t in tensors], swapped)
+        self._note(result, source)
+        self._write(written(name, args, kwargs), source)
 
     def follow_child(self, module: nn.Module, path: str, args: Any, kwargs: Any, result: Any) -> None:
         """Note the source of what a child module returned: a parametrization makes a weight out of its own."""
@@ -89,6 +91,17 @@ class OperandTracker:
             known = self._sources.get(id(tensor))
             if known is None or known[0] is not tensor:
                 self._sources[id(tensor)] = (tensor, source)
+
+    def _write(self, target: Any, source: Source) -> None:
+        """What a call has written into derives from what it wrote, and so does all that shares its memory."""
+        for tensor in _tensors((target,)):
+            before = self.source(tensor)
+            if after_write(before, source) == before:
+                continue
+            memory = memory_of(tensor)
+            for key, (other, known) in self._sources.items():
+                if other is tensor or memory_of(other) == memory:
+                    self._sources[key] = (other, after_write(known, source))
 
     def at(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], quantize: bool) -> tuple[Any, Any]:
         """The arguments to run a call with: at a site, its operands quantized (when `quantize`)."""

@@ -140,10 +140,12 @@ class Recorder(TorchFunctionMode):
             self._flush()
             self._note(self.values.introduce, args, kwargs)
             self.counters.hide()
+            self.effects.hide()
             try:
                 with _pop_mode_temporarily():
                     yield
             finally:
+                self.effects.unhide()
                 self._rng = random_states()
 
     @contextlib.contextmanager

@@ -22,7 +22,7 @@ _NAMESPACES = (
 )
 _WRAPPERS: dict[str, Any] = {"apply": Apply, "rebuild": Rebuild, "constant": Constant, "global": Global}
 RESERVED = ("self", "device", "torch", "inf", "nan", "NoneType")
-_META = ("where", "source", "parameter", "shape", "dtype", "holds_parameters", "qgraph")
+_META = ("where", "source", "parameter", "shape", "dtype", "memory", "holds_parameters", "qgraph")
 
 
 def new_graph() -> fx.Graph:

@@ -313,7 +313,5 @@ class Session:
                     self.new.append((recorder.module, variant))
                 state.variants.append(variant)
                 return
-            for site, where, weights in recorder.operands.sites:
-                sizes = [tuple(weight.shape) for weight in weights]
-                state.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, sizes))
+            state.keep_sites(recorder.operands.sites)
             state.give_up(call, training, recorder.reason or "", recorder.reason_where)

@@ -18,7 +18,8 @@ _KEPT = (bool, int, float, str, type(None), Tensor)
 
 
 class Snapshot:
-    """Random states, a module's buffers and attributes, and a call's arguments, before a run that may be taken back.
+    """Random states, a module's buffers and attributes, which parameters it has, and a call's arguments, before a run
+    that may be taken back.
 
     Parameters
     ----------
@@ -36,6 +37,7 @@ class Snapshot:
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
         self.attributes = [(m, dict(m._buffers), _own_attributes(m)) for m in module.modules()]
+        self.parameters = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None]
         self.children = [(m, dict(m._modules)) for m in module.modules() if not _is_ours_or_scripted(m)]
         self.objects: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[Tensor, int, bool, Tensor]] = []
@@ -68,6 +70,9 @@ class Snapshot:
             for name in [n for n in module._modules if n not in children and n != "qgraph"]:
                 del module._modules[name]  # made by the run
             module._modules.update(children)
+        for module, name, parameter in self.parameters:
+            if module._parameters.get(name) is not parameter:
+                module._parameters[name] = parameter
         for module, buffers, attributes in self.attributes:
             for name, kept in buffers.items():  # a scripted module has no more of a dict than this
                 module._buffers[name] = kept

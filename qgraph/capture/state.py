@@ -45,6 +45,7 @@ class ModuleState:
         self.gave_tensor: bool | None = None  # whether its first result was one
         self.asked = 0  # of the modules in `shared.varying`, how many its graphs ask for their structure
         self.left: tuple[Any, ...] = ()  # of its children, those that have no captured class, as they last were
+        self.weights_below: frozenset[str] | None = None  # the last names of the matrices in the module, once asked for
         self.positional = positional_names(forward)
 
     def owner(self, module: nn.Module) -> Owner:
@@ -102,6 +103,12 @@ class ModuleState:
             self.shared.varying += (self.path,)
             if self.gave_tensor and called_by_graph():
                 raise GuardMiss(f"{self.path} returns a {type(result).__name__}, not a tensor", by_size=False)
+
+    def keep_sites(self, found: list[tuple[Any, str, list[Tensor]]]) -> None:
+        """Note sites that Python has met: each with its place in the code and the weights there."""
+        for site, where, weights in found:
+            sizes = [tuple(weight.shape) for weight in weights]
+            self.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, sizes))
 
     def give_up(self, call: Call, training: bool, reason: str, where: str = "<unknown>:0") -> None:
         """Note that calls of this kind run as Python."""

@@ -210,6 +210,14 @@ def aliases(values: tuple[Any, ...]) -> tuple[int, ...]:
     return () if len(set(places)) == len(places) else tuple(map(places.index, places))
 
 
+def memory_of(tensor: Tensor) -> int:
+    """A number that tensors over the same memory have in common, for as long as one of them is held."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a transform's tensor has none of its own
+        return id(tensor)
+
+
 def same(old: Any, new: Any) -> bool:
     """Whether two values are one object, or equal plain scalars (which Python may rebuild)."""
     if old is new:

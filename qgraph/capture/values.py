@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 if TYPE_CHECKING:
     from qgraph.capture.recorder import Recorder
@@ -23,6 +23,7 @@ _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": "/", "pow": "**",
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
 }  # fmt: skip
+_NUMBERS = (int, float)
 _ROUNDING = frozenset({math.floor, math.ceil, math.trunc})
 
 
@@ -89,14 +90,19 @@ class _Traced:
     recorder: Recorder
 
     def _calculate(self, function: Callable[..., Any], *operands: Any) -> Any:
+        if any(isinstance(o, Tensor) for o in operands):
+            return NotImplemented  # its own operator takes this number, and is seen
         value = function(*(plain(o) for o in operands))
-        if not self.recorder.recording or not all(isinstance(o, (int, float)) for o in operands):
+        if type(value) not in _NUMBERS or not all(isinstance(o, _NUMBERS) for o in operands):
+            self._specialize()  # an array, a complex number: they tell of nothing
+            return value
+        if not self.recorder.recording:
             return value
         expressions = tuple(o.expression if isinstance(o, _Traced) else o for o in operands)
         return traced(value, Operation(function, expressions), self.recorder)
 
     def _decide(self, function: Callable[..., Any], other: Any) -> Any:
-        if not isinstance(other, (int, float)):
+        if not isinstance(other, _NUMBERS):
             return NotImplemented
         value = function(self.value, plain(other))
         right = other.expression if isinstance(other, _Traced) else other
@@ -172,6 +178,8 @@ class _Traced:
 
     def __divmod__(self, other): return self // other, self % other  # fmt: skip
 
+    def __array__(self, dtype=None, copy=None): return np.asarray(self._specialize(), dtype)  # fmt: skip
+
     def __repr__(self): return repr(self.value)  # fmt: skip
 
     def __str__(self): return str(self.value)  # fmt: skip
@@ -233,8 +241,6 @@ class TracedInt(_Traced, torch.SymInt):
         return _Constant(self._specialize())
 
     def __index__(self): return self._specialize()  # fmt: skip
-
-    def __array__(self, dtype=None, copy=None): return np.asarray(self._specialize(), dtype)  # fmt: skip
 
     def __and__(self, other): return self._specialize() & plain(other)  # fmt: skip
 

@@ -208,3 +208,40 @@ def test_sizes_in_nested_results():
             x = torch.randn(shape)
             assert torch.equal(prepared(x), model(x))
     assert coverage(prepared).guard_misses == 0
+
+
+class Window(nn.Module):
+    """Reads the size that its caller leaves in it, and asks for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.rows, self.scale = nn.Linear(4, 4), None, 1.0
+
+    def forward(self, x):
+        y = self.fc(x).view(self.rows, -1, 4) * self.scale
+        return y * 2 if self.rows > 3 else y
+
+
+class TellsSizes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.windows = nn.ModuleList([Window(), Window()])
+
+    def forward(self, x):
+        self.sizes = (x.shape[0], x.shape[1])
+        for window in self.windows:
+            window.rows, window.scale = x.shape[0], x.shape[1] / 2
+            x = window(x)
+        return x.reshape(*self.sizes[::-1], 4)
+
+
+def test_sizes_that_a_forward_leaves_in_modules_are_set_anew_at_each_call():
+    model = TellsSizes()
+    prepared = qgraph.prepare(model, "W4", torch.randn(2, 3, 4))
+    with qgraph.disabled(prepared):
+        for shape in ((2, 3, 4), (2, 3, 4), (5, 6, 4), (2, 3, 4), (5, 3, 4)):  # the second finds what it will set
+            x = torch.randn(*shape)
+            assert torch.equal(prepared(x), model(x))
+            assert prepared.sizes == shape[:2] and prepared.windows[1].scale == shape[1] / 2
+            assert type(prepared.sizes[0]) is int and type(prepared.windows[0].rows) is int
+    assert not coverage(prepared).opaque

@@ -8,6 +8,7 @@ import math
 import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -314,3 +315,32 @@ def test_sizes_that_math_rounds_stay_sizes():
             for same in (prepared, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
                 assert torch.equal(same(x), model(x))
             assert coverage(prepared).guard_misses == misses
+
+
+class SizeTimesTensor(nn.Module):
+    def __init__(self, calculate):
+        super().__init__()
+        self.fc, self.w, self.calculate = nn.Linear(4, 4), nn.Parameter(torch.rand(4) + 1), calculate
+
+    def forward(self, x):
+        return self.fc(x) + self.calculate(x.shape[0], self.w)
+
+
+SIZE_FIRST = [
+    lambda n, w: n * w,
+    lambda n, w: n + (n - w),
+    lambda n, w: n / w + n // w + n % w,
+    lambda n, w: n**w,
+    lambda n, w: w * (n * np.float64(2.0)),
+    lambda n, w: w * (n * 1j).imag,
+    lambda n, w: w * float((n / 2 * np.ones(3)).sum()) + float((np.ones(3) * (n / 2)).sum()),
+]
+
+
+@pytest.mark.parametrize("calculate", SIZE_FIRST)
+def test_a_size_on_the_left_of_a_tensor_an_array_or_a_complex_number(calculate):
+    model = SizeTimesTensor(calculate)
+    prepared = qgraph.prepare(model, "W2", torch.randn(2, 4))
+    assert not coverage(prepared).opaque
+    for rows in (2, 5, 3):
+        both(prepared, model, torch.randn(rows, 4))

@@ -38,3 +38,26 @@ def test_names_with_quotes_and_escapes(tmp_path):
     report = qgraph.export(prepared, tmp_path / "model.onnx", (x,), progress=False)
     named = {f"{layer.path}.{layer.operand}".strip(".") for layer in report.layers}
     assert named == {*(f"{name}.weight" for name in NAMES), "w'\"x"}
+
+
+class ByType(nn.Module):
+    """Decides by the dtype of a weight in a Sequential, whose names are numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.scale = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.ParameterList([torch.rand(4)])
+
+    def forward(self, x):
+        wide = self.layers[0].weight.dtype == torch.float64 and self.scale[0].shape[0] == 4
+        return self.layers(x.type(self.layers[0].weight.dtype)) * (2 if wide else 1) + self.scale[0]
+
+
+def test_what_is_asked_of_a_weight_behind_a_number_is_a_guard():
+    model, x = ByType(), torch.randn(3, 4)
+    prepared = qgraph.prepare(model, "W4", x)
+    assert not qgraph.inspect(prepared).coverage.opaque
+    with qgraph.disabled(prepared):
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            assert torch.equal(prepared.to(dtype)(x), model.to(dtype)(x))
+    frozen = qgraph.freeze(prepared.eval())
+    assert torch.equal(frozen(x), prepared(x))

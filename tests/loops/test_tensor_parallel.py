@@ -25,4 +25,6 @@ def test_layers_over_two_processes_train_as_those_of_one(tmp_path):
 def test_a_prepared_layer_says_that_it_is_too_late():
     prepared = qgraph.prepare(nn.Sequential(nn.Linear(4, 4)), "W4")
     with pytest.raises(qgraph.CaptureError, match=r"site '0.weight': .* parallelize_module on the float model"):
-        prepared[0].qgraph.weight.is_leaf  # noqa: B018, what torch's distribute_tensor reads first
+        # What torch's distribute_tensor reads first.
+        eval("weight.is_leaf", {"__name__": "torch.distributed.tensor._api", "weight": prepared[0].qgraph.weight})
+    assert not hasattr(prepared[0].qgraph.weight, "is_leaf")
