@@ -185,7 +185,8 @@ def _release(model: nn.Module, released: set[int]) -> None:
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
     for _, module, state in states(model):
-        lost = any((id(module), name) in gone for name in module._parameters)
+        state.gone = frozenset(name for name in module._parameters if (id(module), name) in gone)
+        lost = bool(state.gone)
         for variant in state.variants:
             targets = [str(node.target) for node in variant.graph.nodes if node.op == "get_attr"]
             missing = [target for target in targets if _attribute(module, target) is None]

@@ -80,9 +80,7 @@ class Values:
         if isinstance(result, Tensor):
             result = self._unalias(result, versions)
         target: Any = node.args[0] if isinstance(node.target, Setter) else None
-        if (
-            target is not None and "memory" in target.meta
-        ):  # `tensor.data = other`: still the same, as the graph sees it
+        if target is not None and "memory" in target.meta:  # `tensor.data = other`: still the same to the graph
             self._memories[memory_of(args[0])] = (args[0], target.meta["memory"])
         self._describe(node, result)
         self._learn(node, result)

@@ -20,6 +20,7 @@ from qgraph.capture.compiling import outside_graphs, under_compiler
 from qgraph.capture.opaque import run_opaque, running_mode
 from qgraph.capture.session import current
 from qgraph.capture.state import ModuleState
+from qgraph.errors import CaptureError
 from qgraph.graph import STATE
 from qgraph.sites import FUNCTIONS
 
@@ -59,6 +60,11 @@ def _quantized(original: Callable[..., Any], named: frozenset[str]) -> Callable[
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: ModuleState | None = self.__dict__.get(STATE)
+        if state is not None and (gone := named & state.gone):
+            raise CaptureError(
+                f"{type(self).__name__}.{original.__name__} uses {', '.join(sorted(gone))}, which qgraph.freeze has "
+                f"packed: a frozen model has its forward alone. Call the method on the model that was frozen."
+            )
         if state is None or current() is not None or named.isdisjoint(_weights_below(self, state)):
             return original(self, *args, **kwargs)
         if under_compiler() and not torch.compiler.is_exporting():

@@ -42,6 +42,7 @@ class ModuleState:
         self.python_sites: dict[tuple[str, ...], Any] = {}
         self.misses = 0
         self.frozen = False  # whether it has lost float weights, which its Python would need
+        self.gone: frozenset[str] = frozenset()  # the names of its own among them
         self.gave_tensor: bool | None = None  # whether its first result was one
         self.asked = 0  # of the modules in `shared.varying`, how many its graphs ask for their structure
         self.left: tuple[Any, ...] = ()  # of its children, those that have no captured class, as they last were

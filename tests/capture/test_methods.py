@@ -73,3 +73,11 @@ def test_sites_of_methods_are_reported_and_what_multiplies_no_weight_is_left_alo
     assert {site.name for site in sites(prepared)} == {"projection", "fc.weight", "embedding.weight", "kernel.derived"}
     assert prepared.embedding.weight.grad is not None and prepared.projection.grad is not None
     assert torch.equal(prepared.similarity(x, x), model.similarity(x, x))
+
+
+def test_a_frozen_model_says_that_it_has_no_weight_for_a_method():
+    model, x = Encoder(), torch.randn(3, 4)
+    frozen = qgraph.freeze(qgraph.prepare(model, "A4W2", x).eval())
+    with pytest.raises(qgraph.CaptureError, match=r"Encoder\.encode uses projection, which qgraph\.freeze has packed"):
+        frozen.encode(x)
+    assert torch.equal(frozen.similarity(x, x), model.similarity(x, x))
