@@ -234,8 +234,12 @@ def _own_path(path: str, model: nn.Module) -> str:
     while found := _SLICE.search(path):
         holder = path[: found.start()]
         *limits, place = map(ast.literal_eval, found.groups())
-        names = [name for name, _ in model.get_submodule(holder).named_children() if name.isdigit()]
-        path = f"{holder}.{names[slice(*limits)][place]}{path[found.end() :]}"
+        try:
+            names = [name for name, _ in model.get_submodule(holder).named_children() if name.isdigit()]
+            own = names[slice(*limits)][place]
+        except (AttributeError, IndexError):  # a container with a slice of its own: no name is worth a failure
+            return path
+        path = f"{holder}.{own}{path[found.end() :]}"
     return path
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import onnx
 
-LARGE = 2**20  # bytes of an initializer
+from qgraph.exporters.write import STREAMED_ABOVE
+
 _GRAPH, _INITIALIZER = onnx.ModelProto.GRAPH_FIELD_NUMBER, onnx.GraphProto.INITIALIZER_FIELD_NUMBER
 _CONTENT = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
 _VARINT, _DOUBLE, _SIZED = 0, 1, 2  # how protobuf writes a value; else four bytes
@@ -29,7 +30,7 @@ def skeleton(path: Path) -> onnx.ModelProto:
                 model.MergeFromString(data[whole.start : whole.stop])
                 continue
             for part, field, content in _fields(data, inside):
-                if part == _INITIALIZER and len(content) >= LARGE:
+                if part == _INITIALIZER and len(content) >= STREAMED_ABOVE:
                     graph.input.append(_described(data, content))
                 else:
                     graph.MergeFromString(data[field.start : field.stop])

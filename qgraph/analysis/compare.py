@@ -269,7 +269,7 @@ def _without_other_orders(rows: list[LayerDifference]) -> list[LayerDifference]:
     the rows of a mixture's experts.
     """
     equal = {row.path for row in rows if row.snr_db > EQUAL and not row.problem}
-    return [row for row in rows if row.snr_db > SAME_ORDER or not equal.intersection(parents(row.path))]
+    return [row for row in rows if row.problem or row.snr_db > SAME_ORDER or not equal.intersection(parents(row.path))]
 
 
 def _only(a: Recorded, b: Recorded) -> tuple[str, ...]:

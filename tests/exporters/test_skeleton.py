@@ -10,8 +10,9 @@ from torch import nn
 
 import qgraph
 from qgraph.errors import ExportError
-from qgraph.exporters.skeleton import LARGE, skeleton
+from qgraph.exporters.skeleton import skeleton
 from qgraph.exporters.verify import check
+from qgraph.exporters.write import STREAMED_ABOVE
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def path(tmp_path_factory):
 
 def test_large_weights_are_inputs_and_all_else_is_as_in_the_file(path):
     whole, found = onnx.load(path), skeleton(path)
-    (large,) = [tensor for tensor in whole.graph.initializer if len(tensor.raw_data) >= LARGE]
+    (large,) = [tensor for tensor in whole.graph.initializer if len(tensor.raw_data) >= STREAMED_ABOVE]
     (described,) = [value for value in found.graph.input if value.name == large.name]
     assert [dim.dim_value for dim in described.type.tensor_type.shape.dim] == list(large.dims)
     assert described.type.tensor_type.elem_type == large.data_type
