@@ -9,7 +9,7 @@ to eager in the same round. Two bounds are checked, and the command fails where 
 
 Run: python benchmarks/capture.py [--rounds 15] [--threads 1] [--clock cpu] [--only TEXT]
 
-The whole run takes about three minutes; it writes benchmarks/results/capture.json and the table of docs/capture.md.
+The whole run takes about ten minutes; it writes benchmarks/results/capture.json and the table of docs/capture.md.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import nn
 from transformers import (
@@ -132,7 +133,8 @@ def main() -> None:
     if options.peak:
         print(peak(*options.peak))
         return
-    results = {name: measure(name, case, options) for name, case in CASES.items() if options.only in name}
+    chosen = [name for name in CASES if options.only in name]
+    results = {name: measure(name, CASES[name], options) for name in track(chosen, "Measuring")}
     Console(width=140).print(rich_table(results))
     if not options.only:
         conditions = setting(options)

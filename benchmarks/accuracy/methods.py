@@ -5,7 +5,7 @@ A method quantizes weights and activations alike, unless the setting says what a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from qgraph.config import QConfig, QuantSpec, Rule, SparsitySpec
 
@@ -50,7 +50,8 @@ class Setting:
     activation: float | None
     methods: tuple[str, ...]
     sparsity: str | None = None
-    fixed_activation: QuantSpec | None = field(default=None)
+    fixed_activation: QuantSpec | None = None
+    block: int | None = None  # weights in a block along the contracted dimension; None: one scale a channel
 
 
 # The activations of BitNet b1.58: 8 bits, symmetric, one scale a token.
@@ -70,6 +71,10 @@ SETTINGS = {
     "A8W1.58": Setting(
         1.58, None, ("ddt", "ddt-windowed", "bitnet", "ste-windowed", "seq"), fixed_activation=EIGHT_BITS
     ),
+    "W1-1:8": Setting(1, None, ("ddt", "ddt-windowed", "ste", "sr-ste"), sparsity="1:8"),
+    "A4W2": Setting(2, 4, ("ddt", "ddt-windowed", "ste", "ste-windowed", "seq")),
+    "W1@32": Setting(1, None, ("ddt", "ddt-windowed", "ste-windowed", "bitnet"), block=32),
+    "W1@128": Setting(1, None, ("ddt", "ddt-windowed", "ste-windowed", "bitnet"), block=128),
 }
 
 
@@ -80,7 +85,8 @@ def config(setting: str, method: str, keep: tuple[str, ...]) -> QConfig | None:
     how, what = METHODS[method], SETTINGS[setting]
     sparsity = None if what.sparsity is None else replace(SparsitySpec.parse(what.sparsity), decay=how.decay)
     scheme = "linear" if sparsity is not None else how.scheme
-    weight = QuantSpec(what.weight, scheme, "channel", method=how.method, scale=how.scale)
+    groups = "channel" if what.block is None else "block"
+    weight = QuantSpec(what.weight, scheme, groups, group_size=what.block, method=how.method, scale=how.scale)
     activation = what.fixed_activation
     if what.activation is not None:
         # Above 2 bits the mean-magnitude scales are not what is studied.

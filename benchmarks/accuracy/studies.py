@@ -51,7 +51,7 @@ class Study:
     description: str = ""
 
 
-def _text_task(text: data.Text, width: int, context: int, batch: int, held_out: int) -> Task:
+def _text_task(text: data.Text, width: int, context: int, batch: int, held_out: int, layers: int = 2) -> Task:
     def cut(source: Tensor, starts: Tensor) -> Batch:
         windows = source[starts[:, None] + torch.arange(context + 1)]
         return windows[:, :-1], windows[:, 1:]
@@ -62,7 +62,7 @@ def _text_task(text: data.Text, width: int, context: int, batch: int, held_out: 
     fixed = torch.Generator().manual_seed(1)
     starts = [torch.randint(len(text.held_out) - context - 1, (64,), generator=fixed) for _ in range(held_out)]
     return Task(
-        lambda: CharacterModel(text.symbols, width, layers=2, heads=4, context=context),
+        lambda: CharacterModel(text.symbols, width, layers, heads=4, context=context),
         sample,
         [cut(text.held_out, s) for s in starts],
         quick=max(1, held_out // 6),
@@ -137,6 +137,16 @@ STUDIES = {
         keep=("embed",),
         score="loss",
         description="transformer over characters, 2 layers of 96, 0.24 M parameters, 400 steps of 16 x 32 characters; "
+        "the embedding stays float",
+    ),
+    "shakespeare-1m": Study(
+        lambda cache: _text_task(data.shakespeare(cache), width=168, context=128, batch=8, held_out=6, layers=3),
+        steps=300,
+        rates=(3e-3, 1e-2, 3e-2),
+        settings=("A1W1", "W1", "A2W2", "A4W1-2:4", "W4"),
+        keep=("embed",),
+        score="loss",
+        description="transformer over characters, 3 layers of 168, 1.07 M parameters, 300 steps of 8 x 128 characters; "
         "the embedding stays float",
     ),
     "fashion-mnist": Study(

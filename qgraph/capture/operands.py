@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils.weak import TensorWeakRef
 
 from qgraph.capture.calls import transformed
 from qgraph.capture.source import locate
@@ -22,31 +23,28 @@ from qgraph.sites import CONSTANT, DATA, SiteCall, Source, after_write, combine,
 
 
 class OperandTracker:
-    """Knows the source of every tensor that one running forward has met."""
+    """Knows the source of every tensor that one running forward has met, and keeps none of them in memory for it."""
 
     def __init__(self, module: nn.Module, state: ModuleState) -> None:
         self.module = module
         self.owner = state.owner(module)
         self.sites: list[tuple[Site, str, list[Tensor]]] = []
-        self._sources: dict[int, tuple[Tensor, Source]] = {}
-        self._ordinals: dict[str, list[Tensor]] = {}
+        self._sources: dict[int, tuple[TensorWeakRef, Source]] = {}
+        self._ordinals: dict[str, list[TensorWeakRef]] = {}
 
     def enter(self, name: str, value: Any) -> None:
         """Note an argument of the forward: data, or a parameter that the caller hands down."""
         source = Source("parameter", (f"{self.owner.path}.{name}".lstrip("."),))
         for _, item in walk(value):
             if isinstance(item, Tensor):
-                self._sources[id(item)] = (
-                    item,
-                    source if item is value and isinstance(value, nn.Parameter) else DATA,
-                )
+                self._set(item, source if item is value and isinstance(value, nn.Parameter) else DATA)
 
     def source(self, value: Any) -> Source:
         if not isinstance(value, Tensor):
             return CONSTANT
-        known = self._sources.get(id(value))
-        if known is not None and known[0] is value:
-            return known[1]
+        known = self._known(value)
+        if known is not None:
+            return known
         path = find_attribute(self.module, value)
         if path is None and (inside := unwrapped(value)) is not None:
             source = self.source(inside)
@@ -58,8 +56,16 @@ class OperandTracker:
             source = Source("parameter", (self.owner.shared.canonical_name(self.owner.path, path),), exact=True)
         else:
             source = CONSTANT
-        self._sources[id(value)] = (value, source)
+        self._set(value, source)
         return source
+
+    def _known(self, tensor: Tensor) -> Source | None:
+        """What was noted of it; another tensor may have had its id before."""
+        noted = self._sources.get(id(tensor))
+        return noted[1] if noted is not None and noted[0].ref() is tensor else None
+
+    def _set(self, tensor: Tensor, source: Source) -> None:
+        self._sources[id(tensor)] = (TensorWeakRef(tensor), source)
 
     def follow(self, args: Any, kwargs: Any, result: Any, name: str) -> None:
         """Note the source of what a function returned."""
@@ -76,21 +82,20 @@ class OperandTracker:
         elif next(module.parameters(), None) is not None:
             self._note(result, Source("parameter", (path,)))
 
-    def handed_on(self, args: tuple[Any, ...]) -> tuple[list[Source], dict[str, list[Tensor]]]:
+    def handed_on(self, args: tuple[Any, ...]) -> tuple[list[Source], dict[str, list[TensorWeakRef]]]:
         """What a part of the forward has to know to run again later: the sources of its arguments, operands met."""
         return [self.source(t) for t in _tensors(args)], {key: list(met) for key, met in self._ordinals.items()}
 
-    def take_over(self, known: tuple[list[Source], dict[str, list[Tensor]]], args: tuple[Any, ...]) -> None:
+    def take_over(self, known: tuple[list[Source], dict[str, list[TensorWeakRef]]], args: tuple[Any, ...]) -> None:
         """Begin with what `handed_on` gave, where the part runs again on `args`."""
         for tensor, source in zip(_tensors(args), known[0], strict=True):
-            self._sources[id(tensor)] = (tensor, source)
+            self._set(tensor, source)
         self._ordinals = {key: list(met) for key, met in known[1].items()}
 
     def _note(self, result: Any, source: Source) -> None:
         for tensor in _tensors((result,)):
-            known = self._sources.get(id(tensor))
-            if known is None or known[0] is not tensor:
-                self._sources[id(tensor)] = (tensor, source)
+            if self._known(tensor) is None:
+                self._set(tensor, source)
 
     def _write(self, target: Any, source: Source) -> None:
         """What a call has written into derives from what it wrote, and so does all that shares its memory."""
@@ -99,9 +104,10 @@ class OperandTracker:
             if after_write(before, source) == before:
                 continue
             memory = memory_of(tensor)
-            for key, (other, known) in self._sources.items():
-                if other is tensor or memory_of(other) == memory:
-                    self._sources[key] = (other, after_write(known, source))
+            for key, (noted, known) in self._sources.items():
+                other = noted()
+                if other is tensor or (other is not None and memory_of(other) == memory):
+                    self._sources[key] = (noted, after_write(known, source))
 
     def at(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], quantize: bool) -> tuple[Any, Any]:
         """The arguments to run a call with: at a site, its operands quantized (when `quantize`)."""
@@ -156,9 +162,9 @@ class OperandTracker:
     def _ordinal(self, key: str, tensor: Tensor) -> int:
         met = self._ordinals.setdefault(key, [])
         for i, other in enumerate(met):
-            if other is tensor:
+            if other.ref() is tensor:
                 return i
-        met.append(tensor)
+        met.append(TensorWeakRef(tensor))
         return len(met) - 1
 
 
