@@ -2,7 +2,7 @@
 
 Each round runs one step of every case in turn, so that a slow moment of the machine falls on all; the ratios are those
 of the medians over the rounds. Peak memory is that of a process which does three steps of one case alone, less what it
-had before the model was made.
+had before the model was made; tensors of 1 MB and more are mapped, so that what is freed is given back.
 
     python benchmarks/training.py [--models gpt resnet18] [--rounds 7] [--threads 1] [--compile] [--peers FOLDER]
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import resource
@@ -181,7 +182,10 @@ def memory_in_a_process(name: str, config: str, options: argparse.Namespace) -> 
     if config not in (FULL, *options.configs):
         return None
     command = [sys.executable, str(Path(__file__)), "--threads", str(options.threads), "--memory-of", name, config]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    # What is freed goes back to the system, or glibc's unused memory between what is used would be measured as well.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure_peers(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from qgraph.copying import copied
 from qgraph.dump import Dump
 from qgraph.errors import CaptureError, ConfigError, QGraphError
 from qgraph.graph import STATE, Shared, coverage, is_prepared, matches_site, quantizer_modules, sites
+from qgraph.ops.memory import give_back
 from qgraph.passes import default_pipeline
 from qgraph.passes.quantize_standard_layers import place_in_standard_layers
 
@@ -80,6 +81,7 @@ def prepare(
     place_in_standard_layers(prepared)
     if example_inputs is not None or example_kwargs:
         _capture(prepared, *as_arguments(example_inputs, example_kwargs))
+        give_back()  # of a forward as large as a step's, when gradients and the optimizer's state are still to come
         _put_back_parameters(prepared, model)
         if strict:
             _demand_full_coverage(prepared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import types
 import warnings
 from collections import UserDict
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations, parametrize
 
 import qgraph
@@ -471,3 +473,22 @@ def test_other_tracers_give_the_prepared_model_or_an_error():
     assert torch.equal(traced(-x), prepared(-x))
     with pytest.raises(qgraph.CaptureError, match=r"symbolic_trace.* Trace the float model"):
         torch.fx.symbolic_trace(prepared)
+
+
+def test_what_the_examples_made_is_let_go_at_once():
+    """Not when Python next looks for cycles: it knows nothing of the size of tensors."""
+    storages = []
+    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 4)))
+    for module in net.modules():
+        module.register_forward_hook(lambda _, args, y: storages.append(StorageWeakRef(y.untyped_storage())))
+    gc.collect()
+    gc.disable()
+    try:
+        model = qgraph.prepare(net, "A4W2", (torch.randn(2, 4),))
+        first = len(storages)
+        model(torch.randn(3, 2, 4))
+        alive = [storage for storage in storages if not storage.expired()]
+    finally:
+        gc.enable()
+    assert 5 <= first < len(storages)
+    assert not alive

@@ -296,7 +296,9 @@ def _install_made(module: nn.Module, state: ModuleState) -> None:
             state.install(child, name)
 
 
-_ours = (f"{__package__}.", "qgraph.graph", "qgraph.modules", "qgraph.placement", "qgraph.sites")
+_ours = (
+    *(f"{__package__}.", "qgraph.graph", "qgraph.modules", "qgraph.ops.recompute", "qgraph.placement", "qgraph.sites"),
+)
 leave_alone(*(module for name, module in sys.modules.items() if name.startswith(_ours)))
 _functions = [f for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("qgraph.ops.")]
 leave_alone_with_all_below(

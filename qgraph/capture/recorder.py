@@ -124,6 +124,13 @@ class Recorder(TorchFunctionMode):
         self._finish(result)
         return plain(result)
 
+    def release(self) -> None:
+        """Let go of all that was met, at once: its parts know each other, and would hold every tensor of the forward
+        until Python looks for cycles. Traced numbers may live on; they ask whether it is recording, and it is not.
+        """
+        vars(self).clear()
+        self.reason = "its forward is over"
+
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
         self.inside += 1

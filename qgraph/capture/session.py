@@ -278,11 +278,14 @@ class Session:
         recorder = Recorder(module, state, self.quantize, reason, self.where or definition(module, forward))
         self.stack.append(recorder)
         try:
-            result = recorder.run(forward, call.names, args, {name: kwargs[name] for name in sorted(kwargs)})
+            try:
+                result = recorder.run(forward, call.names, args, {name: kwargs[name] for name in sorted(kwargs)})
+            finally:
+                self.stack.pop()
+            if not known:
+                self._keep(recorder, call, training, before)
         finally:
-            self.stack.pop()
-        if not known:
-            self._keep(recorder, call, training, before)
+            recorder.release()
         state.returned(result)
         return result
 

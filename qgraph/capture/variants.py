@@ -27,7 +27,8 @@ from qgraph.capture.globals import modules_named
 from qgraph.capture.guards import Guard, check_structure
 from qgraph.capture.names import python_code
 from qgraph.capture.structure import tensors_in
-from qgraph.graph import STATE, without_quantizers
+from qgraph.graph import STATE, is_quantizer, without_quantizers
+from qgraph.ops.recompute import recomputing
 
 MAX_VARIANTS = 8
 
@@ -220,9 +221,9 @@ def _compile(
 
 
 def _compilable(graph: fx.Graph) -> fx.Graph:
-    """The graph, or a copy of it with other functions for those that torch.compile cannot take."""
-    if not _calls_any(graph, EAGER_ONLY):
-        return graph
+    """A copy of the graph to run: with other functions for those that torch.compile cannot take, and products that keep
+    no quantized operands for backward.
+    """
     from qgraph.ops.grouped import grouped_mm
 
     copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -230,6 +231,8 @@ def _compilable(graph: fx.Graph) -> fx.Graph:
         nodes[node] = copied.node_copy(node, nodes.__getitem__)
         if node.op == "call_function" and name_of(node.target) in EAGER_ONLY:
             nodes[node].target = grouped_mm
+        elif node.op == "call_function" and any(map(is_quantizer, node.all_input_nodes)):
+            nodes[node].target = left_to_python(recomputing(node.target))
     return copied
 
 

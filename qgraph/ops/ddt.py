@@ -78,7 +78,9 @@ class DDT(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        dense, sparse, ctx.spec, _ = inputs
+        dense, sparse, ctx.spec, known = inputs
+        # Whether `native.restored` gives the values again; those that are remembered are held all the same.
+        ctx.restorable = known is None and native.quantizes(ctx.spec, dense, sparse)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dense, sparse, output[1])

@@ -42,6 +42,7 @@ PROCESSOR_FLAGS = {
 }
 COMPILE_SECONDS = 300
 FINGERPRINT_VALUES = 1 << 16  # as in kernels/fingerprint.h
+REGRESS, RESTORE = 1, 2  # of `Plan`; 0: neither
 VALUES_A_THREAD = 1 << 16  # below that a thread costs more to start than it saves
 
 _lock = threading.Lock()
@@ -103,14 +104,21 @@ def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec, *, regress: b
         Of the shape and type of `dense`, and (rows, groups, 6), float32.
     """
     values, stats = _empty(dense), torch.empty(*dense.shape[:2], 6, device=dense.device)
-    _quantize(_plan(spec, regress), None, dense, sparse, values, stats)
+    _quantize(_plan(spec, int(regress)), None, dense, sparse, values, stats)
     return _laid_out(values, dense), stats
+
+
+def restored(dense: Tensor, sparse: Tensor | None, stats: Tensor, spec: QuantSpec) -> Tensor:
+    """The values of `forward`, bit for bit and in the same layout, again from the statistics that it gave."""
+    values = _empty(dense)
+    _quantize(_plan(spec, RESTORE), None, dense, sparse, values, stats)
+    return _laid_out(values, dense)
 
 
 def gradient(h: Tensor, dense: Tensor, sparse: Tensor | None, stats: Tensor, spec: QuantSpec) -> Tensor:
     """`ddt.gradient`: dL/d dense from the upstream gradient `h`, of the shape and type of `dense`."""
     grad = _empty(dense)
-    _quantize(_plan(spec, True), h, dense, sparse, grad, stats)
+    _quantize(_plan(spec, REGRESS), h, dense, sparse, grad, stats)
     return _laid_out(grad, dense)
 
 
@@ -154,7 +162,7 @@ def _quantize(plan: Plan, h: Tensor | None, dense: Tensor, sparse: Tensor | None
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(spec: QuantSpec, regress: bool) -> Plan:
+def _plan(spec: QuantSpec, regress: int) -> Plan:
     low, high = spec.levels
     mean, reach = spec.scale != "minmax" or scale_is_mean(spec), window(spec)
     factor = absmean_factor(spec) if spec.scale != "minmax" else 1.0 if mean else high

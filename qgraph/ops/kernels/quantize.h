@@ -11,7 +11,8 @@ namespace {
 
 // How groups are quantized; native.Plan is the same structure.
 struct Plan {
-    int32_t affine, mean, binary, clip, windowed, regress;  // mean: the step is `factor` times a mean magnitude
+    // mean: the step is `factor` times a mean magnitude; regress: or 2, values anew from the statistics of before
+    int32_t affine, mean, binary, clip, windowed, regress;
     float factor;                                            // else (max - min) / factor, or max|x| / factor
     float low, high, lam, middle, reach;
 };
@@ -143,20 +144,42 @@ OUTLINE void regress(const T* x, const T* pruned, T* y, long n, const Plan& plan
     s.slope = (float)((variance + covariance) / ridge); s.ridge = (float)ridge;
 }
 
+// What codes stand for after the regression.
+struct Line {
+    float gain, centre, base;
+    explicit Line(const Stats& s) : gain(s.slope * s.step), centre(s.mean_q), base(s.offset + s.mean_f * s.step) {}
+};
+template <bool affine> INLINE V denoised(V q, const Line& line) {
+    return affine ? (q - line.centre) * line.gain + line.base : q * line.gain;
+}
+
 template <typename T, bool affine> OUTLINE void denoise(T* y, long n, const Stats& s) {
-    float gain = s.slope * s.step, centre = s.mean_q, base = s.offset + s.mean_f * s.step;
+    const Line line(s);
+    runs(n, [&](long i, long count) LAMBDA { write(y, i, count, denoised<affine>(read(y, i, count, 0), line)); },
+         []() LAMBDA {});
+}
+
+// What `regress` and `denoise` gave, to the bit, in one pass.
+template <typename T, bool affine, bool binary>
+OUTLINE void restore(const T* x, T* y, long n, bool sparse, const Plan& plan, const Stats& s) {
+    const Grid grid(s); const Line line(s);
     runs(n, [&](long i, long count) LAMBDA {
-        V q = read(y, i, count, 0);
-        write(y, i, count, affine ? (q - centre) * gain + base : q * gain);
+        V q = codes<affine, binary>(position<affine>(read(x, i, count, s.offset), grid), sparse, plan);
+        write(y, i, count, denoised<affine>(q, line));
     }, []() LAMBDA {});
 }
 
 template <typename T, bool affine, bool binary>
 void forward(const T* x, const T* pruned, T* y, long groups, long n, const Plan& plan, Stats* s) {
     auto at = [n](const T* values, long g) LAMBDA { return values ? values + g * n : nullptr; };
+    const T* source = pruned ? pruned : x;
+    if (plan.regress == 2) {
+        for (long g = 0; g < groups; g++)
+            restore<T, affine, binary>(source + g * n, y + g * n, n, pruned != nullptr, plan, s[g]);
+        return;
+    }
     for (long g = 0; g < groups; g++) find_scale(x + g * n, at(pruned, g), n, plan, s[g]);
     if (!plan.regress) {
-        const T* source = pruned ? pruned : x;
         for (long g = 0; g < groups; g++)
             dequantize<T, affine, binary>(source + g * n, y + g * n, n, pruned != nullptr, plan, s[g]);
         return;

@@ -1,0 +1,94 @@
+"""Quantized operands are not kept for backward: they are computed again there from what DDT keeps anyway.
+
+The backward pass of a product needs both of its operands, so a product of quantized ones would hold those beside the
+values that they were made of, which DDT needs for its own: for weights a second copy of the model, for activations a
+second one of each. From the statistics of its groups a quantized value is one pass over memory, and the same to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgraph.ops import native
+
+LARGE = 1 << 18  # values: below, the bookkeeping takes longer than the pass and frees little
+# Their results lie in the memory of what they are given.
+_LAYOUTS = frozenset({"ViewBackward0", "PermuteBackward0", "TransposeBackward0", "TBackward0", "AliasBackward0"})
+
+
+@functools.lru_cache(maxsize=256)
+def recomputing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, a product, without quantized operands among what it keeps for backward.
+
+    Everything else is kept as it always is: small operands, those of other methods than "ddt" or off the compiled CPU
+    passes; and all of them where torch compiles, which sees to memory by itself, or traces, or where a checkpoint or the user has
+    hooks for what is saved.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or not torch.is_grad_enabled() or not any(map(_of_ddt, args)):
+            return function(*args, **kwargs)
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return function(*args, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            return function(*args, **kwargs)
+
+    run.__name__ = function.__name__  # the rest stays ours: generated code calls by qualified name
+    return run
+
+
+class _Kept:
+    """A tensor that is saved as it is, and watched as autograd watches what it saves without hooks."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+
+    def __call__(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"{self.tensor.dtype} tensor of shape {[*self.tensor.shape]} is at version {self.tensor._version}; "
+                f"expected version {self.version}."
+            )
+        return self.tensor
+
+
+class _Recomputed:
+    """A quantized tensor: the node of the operation that made it, and how it lies in the memory of its result."""
+
+    __slots__ = ("layout", "node")
+
+    def __init__(self, tensor: Tensor, node: Any) -> None:
+        self.node, self.layout = node, (tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def __call__(self) -> Tensor:
+        dense, sparse, stats = self.node.saved_tensors
+        with torch.no_grad():
+            return native.restored(dense, sparse, stats, self.node.spec).as_strided(*self.layout)
+
+
+def _pack(tensor: Tensor) -> _Kept | _Recomputed:
+    node = _of_ddt(tensor)
+    return _Kept(tensor) if node is None else _Recomputed(tensor, node)
+
+
+def _unpack(saved: _Kept | _Recomputed) -> Tensor:
+    return saved()
+
+
+def _of_ddt(tensor: Any) -> Any:
+    """The node of the DDT whose result a large tensor shows, where that can be had again; else None."""
+    if type(tensor) is not Tensor or tensor.numel() < LARGE:
+        return None
+    node: Any = tensor.grad_fn
+    while node is not None and node.name() in _LAYOUTS:
+        node = node.next_functions[0][0]
+    return node if getattr(node, "restorable", False) else None  # as DDT says of itself
