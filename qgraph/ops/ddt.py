@@ -57,7 +57,7 @@ class DDT(torch.autograd.Function):
 
         dL/dx = mean(h) + (m / V) qc     (linear: without mean(h))
 
-    Kept for it: the inputs and six scalars a group. Codes are recomputed.
+    Kept for it: `dense`, which values are pruned, and six scalars a group. Codes are recomputed.
     """
 
     @staticmethod
@@ -80,16 +80,18 @@ class DDT(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         dense, sparse, ctx.spec, known = inputs
         # Whether `native.restored` gives the values again; those that are remembered are held all the same.
-        ctx.restorable = known is None and native.quantizes(ctx.spec, dense, sparse)
+        compiled = native.quantizes(ctx.spec, dense, sparse)
+        ctx.restorable = known is None and compiled
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dense, sparse, output[1])
+        kept = sparse if sparse is None or not compiled else sparse.bool()
+        ctx.save_for_backward(dense, kept, output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if grads[0] is None:
             return None, None, None, None
-        dense, sparse, stats = ctx.saved_tensors
+        dense, sparse, stats = saved(ctx)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = differentiable_gradient(grads[0], dense, sparse, ctx.spec)
         elif native.quantizes(ctx.spec, dense, sparse, grads[0]):
@@ -99,6 +101,14 @@ class DDT(torch.autograd.Function):
         else:
             grad = gradient(grads[0], dense, sparse, stats, ctx.spec)
         return grad, None, None, None
+
+
+def saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`dense`, `sparse` and the statistics of a forward pass; of pruned values, mostly, a byte each was kept."""
+    dense, sparse, stats = ctx.saved_tensors
+    if sparse is not None and sparse.dtype == torch.bool:
+        sparse = dense.detach() * sparse.view(torch.uint8)  # a product with bool is slower, and torch.where by far
+    return dense, sparse, stats
 
 
 def centred_codes(dense: Tensor, sparse: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 The backward pass of a product needs both of its operands, so a product of quantized ones would hold those beside the
 values that they were made of, which DDT needs for its own: for weights a second copy of the model, for activations a
-second one of each. From the statistics of its groups a quantized value is one pass over memory, and the same to the bit.
+second one of each. From the statistics of their groups quantized values are one pass over memory, the same to the bit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qgraph.ops import native
+from qgraph.ops.ddt import saved
 
 LARGE = 1 << 18  # values: below, the bookkeeping takes longer than the pass and frees little
 # Their results lie in the memory of what they are given.
@@ -26,8 +27,8 @@ def recomputing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function`, a product, without quantized operands among what it keeps for backward.
 
     Everything else is kept as it always is: small operands, those of other methods than "ddt" or off the compiled CPU
-    passes; and all of them where torch compiles, which sees to memory by itself, or traces, or where a checkpoint or the user has
-    hooks for what is saved.
+    passes; and all of them where torch compiles, which sees to memory itself, or traces, or where a checkpoint or the
+    user has hooks for what is saved.
     """
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
@@ -70,8 +71,8 @@ class _Recomputed:
         self.node, self.layout = node, (tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def __call__(self) -> Tensor:
-        dense, sparse, stats = self.node.saved_tensors
         with torch.no_grad():
+            dense, sparse, stats = saved(self.node)
             return native.restored(dense, sparse, stats, self.node.spec).as_strided(*self.layout)
 
 
@@ -80,8 +81,8 @@ def _pack(tensor: Tensor) -> _Kept | _Recomputed:
     return _Kept(tensor) if node is None else _Recomputed(tensor, node)
 
 
-def _unpack(saved: _Kept | _Recomputed) -> Tensor:
-    return saved()
+def _unpack(packed: _Kept | _Recomputed) -> Tensor:
+    return packed()
 
 
 def _of_ddt(tensor: Any) -> Any:
