@@ -15,6 +15,7 @@ from qgraph.capture.structure import parts, walk
 from qgraph.modules import Quantizers
 
 _KEPT = (bool, int, float, str, type(None), Tensor)
+_TORCHS = frozenset(vars(nn.Module()))  # every module has them; what else begins with "_" is the user's
 
 
 class Snapshot:
@@ -113,5 +114,5 @@ def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     return {
         name: (value, copy.copy(value) if isinstance(value, (list, dict)) else None)
         for name, value in module.__dict__.items()
-        if isinstance(value, (*_KEPT, list, dict)) and not name.startswith("_") and name != "training"
+        if isinstance(value, (*_KEPT, list, dict)) and name not in _TORCHS
     }
