@@ -219,12 +219,19 @@ def test_a_thread_that_captures_nothing_goes_on_undisturbed(meeting):
     assert torch.equal(found, expected) and torch.equal(captured, prepared(x))
 
 
+class Frozen(dict):
+    def clear(self):
+        raise TypeError("frozen")
+
+    update = clear
+
+
 class Remembers(nn.Module):
-    """Keeps its last result under a private name."""
+    """Keeps its last result under a private name, and a config that takes no change."""
 
     def __init__(self):
         super().__init__()
-        self.fc = nn.Linear(8, 8)
+        self.fc, self._config = nn.Linear(8, 8), Frozen(width=8)
 
     def forward(self, x):
         self._last = self.fc(x)
