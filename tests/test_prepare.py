@@ -7,6 +7,7 @@ import functools
 import types
 import warnings
 from collections import UserDict
+from typing import ClassVar
 
 import pytest
 import torch
@@ -471,3 +472,37 @@ def test_other_tracers_give_the_prepared_model_or_an_error():
     assert torch.equal(traced(-x), prepared(-x))
     with pytest.raises(qgraph.CaptureError, match=r"symbolic_trace.* Trace the float model"):
         torch.fx.symbolic_trace(prepared)
+
+
+class Label(tuple):
+    """Two numbers that are read by name alone."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+    degree = property(lambda self: self[0])
+
+
+class Registered(nn.Module):
+    """Notes its subclasses, each by a name."""
+
+    kinds: ClassVar = {}
+
+    def __init_subclass__(cls, *, name, **_):
+        Registered.kinds[name] = cls
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.label = nn.Linear(4, 4), Label((2, 1))
+
+
+class Scaled(Registered, name="scaled"):
+    def forward(self, x):
+        return self.fc(x) * self.label.degree
+
+
+def test_classes_with_rules_of_their_own():
+    prepared = qgraph.prepare(Scaled(), "W4", torch.randn(2, 4))
+    assert Registered.kinds == {"scaled": Scaled}
+    assert isinstance(prepared, Scaled)
+    assert not coverage(prepared).opaque

@@ -49,7 +49,10 @@ _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttenti
 
 
 class Captured:
-    """Marks the installed subclasses."""
+    """Marks the installed subclasses. Before the user's class, whose `__init_subclass__` (a registry) is not for them."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
 
 
 def install(module: nn.Module, state: ModuleState) -> None:
@@ -71,7 +74,7 @@ def uninstall(module: nn.Module) -> None:
 
 def base_class(cls: type) -> type:
     """The user's own class behind a captured one."""
-    return cls.__mro__[1] if issubclass(cls, Captured) and Captured in cls.__bases__ else cls
+    return cls.__bases__[-1] if issubclass(cls, Captured) and Captured in cls.__bases__ else cls
 
 
 def captured_class(cls: type, own: bool = False) -> type:
@@ -124,7 +127,7 @@ def _make_class(cls: Any, own: bool) -> type:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    return type(cls.__name__, (cls, Captured), namespace)
+    return type(cls.__name__, (Captured, cls), namespace)
 
 
 def _restore(cls: type, own: bool = False) -> Any:
