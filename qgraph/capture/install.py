@@ -5,6 +5,7 @@ The module object, its class by isinstance, its parameters, hooks and state_dict
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import functools
@@ -113,7 +114,9 @@ def _make_class(cls: Any, own: bool) -> type:
         return _restore, (cls, own), state
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
-        return _equip(cls.__deepcopy__(self, memo), copy.deepcopy(_equipment(self), memo))
+        with _uncaptured(self, cls):
+            made = cls.__deepcopy__(self, memo)
+        return _equip(made, copy.deepcopy(_equipment(self), memo))
 
     namespace = {
         **beside_forward(cls),
@@ -136,14 +139,21 @@ def _restore(cls: type, own: bool = False) -> Any:
 
 def _reduce_as(cls: type, module: nn.Module, protocol: int) -> Any:
     """A pickle in the user's own way, which may know nothing of what is ours."""
+    with _uncaptured(module, cls):
+        reduced: Any = module.__reduce_ex__(protocol)
+    function, args, *state = reduced
+    return _restore_from, (function, args, state, _equipment(module))
+
+
+@contextlib.contextmanager
+def _uncaptured(module: nn.Module, cls: type) -> Iterator[None]:
+    """Let a module be of the user's own class meanwhile: its methods may ask for that."""
     captured = type(module)
     module.__class__ = cls
     try:
-        reduced: Any = module.__reduce_ex__(protocol)
+        yield
     finally:
         module.__class__ = captured
-    function, args, *state = reduced
-    return _restore_from, (function, args, state, _equipment(module))
 
 
 def _restore_from(function: Any, args: tuple[Any, ...], state: list[Any], equipment: list[Any]) -> Any:
