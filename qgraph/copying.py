@@ -70,7 +70,9 @@ def _held(model: nn.Module) -> Iterator[Any]:
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return list(value.values())
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, tuple):
+        return list(tuple.__iter__(value))  # one of a class of its own may refuse to tell its length
+    if isinstance(value, (list, set, frozenset)):
         return list(value)
     if isinstance(value, FunctionType):
         defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())

@@ -296,7 +296,7 @@ class ActivationQuantizer(Quantizer):
         super().__init__(spec, groups, site)
         if spec.learns:
             # One step a tensor, since a step learned per token has no meaning; 0 says "not yet initialized".
-            self.step = nn.Parameter(torch.zeros(1, 1))
+            self.step = nn.Parameter(torch.zeros(1, 1, dtype=torch.float32))
         self.range = RunningRange(spec) if spec.range == "static" else None
 
     def forward(self, x: Tensor) -> Tensor:

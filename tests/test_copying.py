@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import qgraph
 from qgraph.copying import copied
@@ -93,3 +95,42 @@ def test_a_model_that_cannot_be_copied_says_what_to_do():
     with pytest.raises(qgraph.CaptureError, match=r"Sequential cannot be copied.*inplace=True"):
         qgraph.prepare(model, "W4", X)
     assert qgraph.prepare(model, "W4", X, inplace=True) is model
+
+
+class Rebuilt(nn.Module):
+    """Is copied and pickled by its own methods, which make it anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.fc = nn.Parameter(torch.randn(16, 8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(x @ self.w)
+
+    def __deepcopy__(self, memo):
+        return self.__reduce__()[0](*self.__reduce__()[1])
+
+    def __reduce__(self):
+        return rebuilt, (self.state_dict(),)
+
+
+def rebuilt(state):
+    made = Rebuilt()
+    made.load_state_dict(state)
+    return made
+
+
+@pytest.mark.parametrize("make", [Rebuilt, lambda: fx.symbolic_trace(Rebuilt())], ids=["own", "fx"])
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("below", [False, True])
+def test_a_class_that_copies_itself_stays_quantized(make, copy_of, below):
+    prepared = qgraph.prepare(nn.Sequential(make(), nn.ReLU()) if below else make(), "W2", X)
+    made = copy_of(prepared)
+    assert torch.equal(made(X), prepared(X))
+    assert [s.name for s in sites(made)] == [s.name for s in sites(prepared)]
+    with qgraph.disabled(made):
+        floating = made(X)
+    assert torch.equal(made(X), prepared(X))  # the copy has been switched on again, the model has never been off
+    assert not torch.equal(floating, prepared(X))

@@ -8,6 +8,7 @@ import gc
 import types
 import warnings
 from collections import UserDict
+from typing import ClassVar
 
 import pytest
 import torch
@@ -492,3 +493,37 @@ def test_what_the_examples_made_is_let_go_at_once():
         gc.enable()
     assert 5 <= first < len(storages)
     assert not alive
+
+
+class Label(tuple):
+    """Two numbers that are read by name alone."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+    degree = property(lambda self: self[0])
+
+
+class Registered(nn.Module):
+    """Notes its subclasses, each by a name."""
+
+    kinds: ClassVar = {}
+
+    def __init_subclass__(cls, *, name, **_):
+        Registered.kinds[name] = cls
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.label = nn.Linear(4, 4), Label((2, 1))
+
+
+class Scaled(Registered, name="scaled"):
+    def forward(self, x):
+        return self.fc(x) * self.label.degree
+
+
+def test_classes_with_rules_of_their_own():
+    prepared = qgraph.prepare(Scaled(), "W4", torch.randn(2, 4))
+    assert Registered.kinds == {"scaled": Scaled}
+    assert isinstance(prepared, Scaled)
+    assert not coverage(prepared).opaque

@@ -56,7 +56,9 @@ def record_module(name: str, model: nn.Module, inputs: Any) -> Recorded:
         flat = flat_model(model, flatten_inputs(model, inputs, None))
         for path, module in model.named_modules():
             if "qgraph" not in path.split("."):
-                found.kinds[path] = type(module).__bases__[0].__name__ if is_prepared(module) else type(module).__name__
+                found.kinds[path] = (
+                    type(module).__bases__[-1].__name__ if is_prepared(module) else type(module).__name__
+                )
                 handles.append(module.register_forward_hook(_Keep(path, found)))
         model.eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -104,4 +106,4 @@ def title_of(model: nn.Module) -> str:
     config = config_of(model)
     if config is None:
         return type(model).__name__
-    return f"{type(model).__bases__[0].__name__} at {config}"
+    return f"{type(model).__bases__[-1].__name__} at {config}"

@@ -52,8 +52,8 @@ def contents(value: Any, depth: int = 0) -> Any:
     if isinstance(value, CONSTANTS):
         return type(value), value
     if isinstance(value, CONTAINERS):
-        if len(value) > LARGEST or depth >= DEEPEST:
-            return Same(value, len(value))
+        if _length(value) > LARGEST or depth >= DEEPEST:
+            return Same(value, _length(value))
         return Same(value, [contents(item, depth + 1) for item in _items(value)])
     if is_object(value) and depth < DEEPEST:
         return Same(value, {name: contents(item, depth + 1) for name, item in vars(value).items()})
@@ -121,7 +121,7 @@ def is_constant(value: Any, depth: int = 0) -> bool:
     """Whether a value is a plain one, or a small container of such."""
     if isinstance(value, CONSTANTS):
         return True
-    if not isinstance(value, CONTAINERS) or len(value) > LARGEST or depth >= DEEPEST:
+    if not isinstance(value, CONTAINERS) or _length(value) > LARGEST or depth >= DEEPEST:
         return False
     return all(is_constant(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value))
 
@@ -146,11 +146,18 @@ def _random_state(source: Any) -> Any:
 
 def _items(value: Any) -> list[Any]:
     """Of a dict the keys and the values."""
+    if isinstance(value, tuple):
+        return list(tuple.__iter__(value))
     return [part for item in value.items() for part in item] if isinstance(value, dict) else list(value)
+
+
+def _length(value: Any) -> int:
+    """How much a container holds, also a tuple of a class that refuses to tell."""
+    return tuple.__len__(value) if isinstance(value, tuple) else len(value)
 
 
 def _is_printable(value: Any) -> bool:
     """Whether a constant is what its text says."""
     if isinstance(value, CONTAINERS) and type(value) in (list, tuple, dict, set, frozenset):
-        return len(value) <= LARGEST and all(map(_is_printable, _items(value)))
+        return _length(value) <= LARGEST and all(map(_is_printable, _items(value)))
     return type(value) in _PRINTABLE and value == value and "inf" not in repr(value)

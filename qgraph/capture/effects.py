@@ -7,9 +7,11 @@ the object, and before anyone could notice (a child is called, the forward ends)
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -138,6 +140,21 @@ class Effects:
                         if _holds_traced(item):
                             step.put(value, plain(item))
 
+    def release_result(self, result: Any) -> None:
+        """The same for what the forward returns, also for objects and functions that no graph can make."""
+        stack, seen = [result], set()
+        while stack:
+            holder = stack.pop()
+            if id(holder) in seen or isinstance(holder, (Tensor, nn.Module, type)):
+                continue
+            seen.add(id(holder))
+            for step, value in _held(holder):
+                if _holds_traced(value):
+                    with contextlib.suppress(Exception):  # a container that takes no change
+                        _put_past(holder, step, plain(value))
+                else:
+                    stack.append(value)
+
     # -- one object's change -----------------------------------------------------------------------------------------
 
     def _changes(self) -> Iterator[tuple[_Watched, State]]:
@@ -256,6 +273,25 @@ def _same(old: Any, new: Any) -> bool:
 
 def _holds_traced(value: Any) -> bool:
     return is_traced(value) or (type(value) is tuple and plain(value) is not value)
+
+
+def _held(value: Any) -> list[tuple[Step, Any]]:
+    """The parts of a value, also of one that is called; for a function, what it closes over."""
+    if isinstance(value, FunctionType):
+        return [(Step(False, i), cell) for i, cell in enumerate(value.__closure__ or ())]
+    if isinstance(value, CellType):
+        return (
+            [] if value == CellType() else [(Step(True, "cell_contents"), value.cell_contents)]
+        )  # an empty one raises
+    return parts(value) or [(Step(True, name), item) for name, item in getattr(value, "__dict__", {}).items()]
+
+
+def _put_past(holder: Any, step: Step, value: Any) -> None:
+    """Set a part whatever the class has to say about it: a frozen dataclass, a `__setattr__` of its own."""
+    if step.attribute:
+        object.__setattr__(holder, step.key, value)
+    else:
+        step.put(holder, value)
 
 
 def _put(holder: Any, step: Step, value: Any) -> None:

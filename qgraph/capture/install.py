@@ -5,6 +5,8 @@ The module object, its class by isinstance, its parameters, hooks and state_dict
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import copyreg
 import functools
 import itertools
@@ -48,7 +50,10 @@ _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttenti
 
 
 class Captured:
-    """Marks the installed subclasses."""
+    """Marks the installed subclasses. Before the user's class, whose `__init_subclass__` (a registry) is not for them."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
 
 
 def install(module: nn.Module, state: ModuleState) -> None:
@@ -57,7 +62,7 @@ def install(module: nn.Module, state: ModuleState) -> None:
     own = module.__dict__.pop("forward", None)
     if own is not None:
         module.__dict__[OWN_FORWARD] = own
-    module.__class__ = captured_class(type(module), own is not None)
+    module.__class__ = captured_class(base_class(type(module)), own is not None)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -70,7 +75,7 @@ def uninstall(module: nn.Module) -> None:
 
 def base_class(cls: type) -> type:
     """The user's own class behind a captured one."""
-    return cls.__mro__[1] if issubclass(cls, Captured) and Captured in cls.__bases__ else cls
+    return cls.__bases__[-1] if issubclass(cls, Captured) and Captured in cls.__bases__ else cls
 
 
 def captured_class(cls: type, own: bool = False) -> type:
@@ -103,11 +108,19 @@ def _make_class(cls: Any, own: bool) -> type:
 
     def reduce(self: nn.Module, protocol: int) -> Any:
         # The class is made at run time, so a pickle names the user's class.
+        if cls.__reduce__ is not object.__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
+            return _reduce_as(cls, self, protocol)
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _restore, (cls, own), state
 
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
+        with _uncaptured(self, cls):
+            made = cls.__deepcopy__(self, memo)
+        return _equip(made, copy.deepcopy(_equipment(self), memo))
+
     namespace = {
         **beside_forward(cls),
+        **({"__deepcopy__": deepcopy} if hasattr(cls, "__deepcopy__") else {}),
         "forward": entry(cls, forward),
         SELF: property(lambda self: self),
         "qgraph_fused": issubclass(cls, _FUSED),
@@ -117,11 +130,55 @@ def _make_class(cls: Any, own: bool) -> type:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    return type(cls.__name__, (cls, Captured), namespace)
+    return type(cls.__name__, (Captured, cls), namespace)
 
 
 def _restore(cls: type, own: bool = False) -> Any:
     return copyreg.__newobj__(captured_class(cls, own))  # type: ignore[attr-defined]
+
+
+def _reduce_as(cls: type, module: nn.Module, protocol: int) -> Any:
+    """A pickle in the user's own way, which may know nothing of what is ours."""
+    with _uncaptured(module, cls):
+        reduced: Any = module.__reduce_ex__(protocol)
+    function, args, *state = reduced
+    return _restore_from, (function, args, state, _equipment(module))
+
+
+@contextlib.contextmanager
+def _uncaptured(module: nn.Module, cls: type) -> Iterator[None]:
+    """Let a module be of the user's own class meanwhile: its methods may ask for that."""
+    captured = type(module)
+    module.__class__ = cls
+    try:
+        yield
+    finally:
+        module.__class__ = captured
+
+
+def _restore_from(function: Any, args: tuple[Any, ...], state: list[Any], equipment: list[Any]) -> Any:
+    made = function(*args)
+    if state and state[0] is not None:
+        made.__setstate__(state[0])
+    return _equip(made, equipment)
+
+
+def _equipment(module: nn.Module) -> list[tuple[str, ModuleState, nn.Module | None]]:
+    """What is ours in a module and those below it, by path: the states, and the quantizers."""
+    below = [(path, m) for path, m in module.named_modules() if STATE in m.__dict__]
+    return [(path, m.__dict__[STATE], m._modules.get("qgraph")) for path, m in below]
+
+
+def _equip(made: Any, equipment: list[tuple[str, ModuleState, nn.Module | None]]) -> Any:
+    """Give it to a copy that a class's own method has made, as far as it is not there."""
+    modules = dict(made.named_modules()) if isinstance(made, nn.Module) else {}
+    for path, state, quantizers in equipment:
+        module = modules.get(path)
+        if module is not None and not (isinstance(module, Captured) and STATE in module.__dict__):
+            if quantizers is not None:
+                module._modules["qgraph"] = quantizers
+            install(module, state)
+    return made
 
 
 def dispatch(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

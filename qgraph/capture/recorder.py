@@ -122,6 +122,7 @@ class Recorder(TorchFunctionMode):
             raise
         self._ended = definition(self.module, forward)
         self._finish(result)
+        self.effects.release_result(result)
         return plain(result)
 
     def release(self) -> None:

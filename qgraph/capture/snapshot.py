@@ -15,6 +15,7 @@ from qgraph.capture.structure import parts, walk
 from qgraph.modules import Quantizers
 
 _KEPT = (bool, int, float, str, type(None), Tensor)
+_TORCHS = frozenset(vars(nn.Module()))  # every module has them; what else begins with "_" is the user's
 
 
 class Snapshot:
@@ -45,7 +46,7 @@ class Snapshot:
             if isinstance(item, Tensor) and contents and not isinstance(item, nn.Parameter) and not item.is_inference():
                 self.tensors.append((item, item._version, item.requires_grad, item.detach().clone()))
             elif isinstance(item, (list, dict)) and not dataclasses.is_dataclass(item):
-                self.objects.append((item, copy.copy(item)))
+                self.objects.append((item, _content(item)))
             elif not isinstance(item, tuple) and parts(item) is not None and hasattr(item, "__dict__"):
                 self.objects.append((item, dict(vars(item))))
 
@@ -97,7 +98,13 @@ def _is_ours_or_scripted(module: nn.Module) -> bool:
     return isinstance(module, (Quantizers, torch.jit.ScriptModule))
 
 
+def _content(item: Any) -> Any:
+    return list(item) if isinstance(item, list) else dict(item)
+
+
 def _put_back(item: Any, content: Any) -> None:
+    if isinstance(item, (list, dict)) and _holds_the_same(item, content):  # a frozen one takes no change
+        return
     if isinstance(item, list):
         item[:] = content
     elif isinstance(item, dict) and not dataclasses.is_dataclass(item):
@@ -108,10 +115,17 @@ def _put_back(item: Any, content: Any) -> None:
         vars(item).update(content)
 
 
+def _holds_the_same(item: Any, content: Any) -> bool:
+    if len(item) != len(content) or (isinstance(item, dict) and list(item) != list(content)):
+        return False
+    values = (item.values(), content.values()) if isinstance(item, dict) else (item, content)
+    return all(a is b for a, b in zip(*values, strict=True))
+
+
 def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """A module's scalars, lists and dicts, the latter with a copy of what they hold; not torch's own."""
     return {
-        name: (value, copy.copy(value) if isinstance(value, (list, dict)) else None)
+        name: (value, _content(value) if isinstance(value, (list, dict)) else None)
         for name, value in module.__dict__.items()
-        if isinstance(value, (*_KEPT, list, dict)) and not name.startswith("_") and name != "training"
+        if isinstance(value, (*_KEPT, list, dict)) and name not in _TORCHS
     }

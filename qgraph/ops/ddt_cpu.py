@@ -158,7 +158,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _buffer(rows: Tensor) -> Tensor:
-    return torch.empty(min(_rows_a_chunk(rows), rows.shape[0]), rows.shape[1], device=rows.device)
+    return torch.empty(min(_rows_a_chunk(rows), rows.shape[0]), rows.shape[1], dtype=torch.float32, device=rows.device)
 
 
 def _rows_a_chunk(rows: Tensor) -> int:

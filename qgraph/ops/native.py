@@ -103,7 +103,7 @@ def forward(dense: Tensor, sparse: Tensor | None, spec: QuantSpec, *, regress: b
     tuple of Tensor
         Of the shape and type of `dense`, and (rows, groups, 6), float32.
     """
-    values, stats = _empty(dense), torch.empty(*dense.shape[:2], 6, device=dense.device)
+    values, stats = _empty(dense), torch.empty(*dense.shape[:2], 6, dtype=torch.float32, device=dense.device)
     _quantize(_plan(spec, int(regress)), None, dense, sparse, values, stats)
     return _laid_out(values, dense), stats
 

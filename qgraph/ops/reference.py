@@ -52,15 +52,19 @@ def ddt(x_s: Tensor, spec: QuantSpec, dense: Tensor | None = None) -> Tensor:
     sparse = dense is not None
     noisy = x + (x_s - x).detach()  # x_S = x + d_S
     b, s = (t.detach() for t in offset_and_step(x_s, spec, sparse))
-    f = window((noisy - b) / (s if s > 0 else 1), spec)
+    f = window((noisy - b) / _or_one(s), spec)
     q = f + (round_to_levels(f, spec, sparse) - f).detach()  # q = f + d_Q
     if spec.scheme == "affine":
         centred = q - q.mean()
         variance = (centred * centred).mean() + spec.lam
-        slope = ((x - x.mean()) * centred).mean() / (variance if variance > 0 else 1)
+        slope = ((x - x.mean()) * centred).mean() / _or_one(variance)
         return slope * centred + x.mean()
     energy = (q * q).mean() + spec.lam
-    return (x * q).mean() / (energy if energy > 0 else 1) * q
+    return (x * q).mean() / _or_one(energy) * q
+
+
+def _or_one(divisor: Tensor) -> Tensor:
+    return torch.where(divisor > 0, divisor, 1)  # no branch: a vmap has no single value
 
 
 def ste(x: Tensor, spec: QuantSpec, sparse: bool = False) -> Tensor:
@@ -72,7 +76,7 @@ def ste(x: Tensor, spec: QuantSpec, sparse: bool = False) -> Tensor:
         f = window((x - b) / s, spec)
         return s * (f + (round_to_levels(f, spec, sparse) - f).detach()) + b
     b, s = b.detach(), s.detach()
-    y = s * round_to_levels((x - b) / (s if s > 0 else 1), spec, sparse) + b
+    y = s * round_to_levels((x - b) / _or_one(s), spec, sparse) + b
     return x + (y - x).detach()
 
 

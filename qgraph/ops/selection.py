@@ -27,7 +27,7 @@ def largest(magnitude: Tensor, kept: int) -> Tensor | None:
         From 1 to n.
     """
     size = min(CHUNK * torch.get_num_threads(), EXACT_COUNT)
-    buffer = torch.empty(min(size, magnitude.shape[0]))
+    buffer = torch.empty_like(magnitude[:size])
 
     def reached(threshold: int) -> int:
         value = _value(threshold)

@@ -245,3 +245,30 @@ def test_sizes_that_a_forward_leaves_in_modules_are_set_anew_at_each_call():
             assert prepared.sizes == shape[:2] and prepared.windows[1].scale == shape[1] / 2
             assert type(prepared.sizes[0]) is int and type(prepared.windows[0].rows) is int
     assert not coverage(prepared).opaque
+
+
+class Lazily:
+    """Computes when it is called, by a size."""
+
+    def __init__(self, x, rows):
+        self.x, self.rows, self.sizes = x, rows, {"all": (rows, 4)}
+
+    def __call__(self):
+        return self.x.expand(self.rows, -1)
+
+
+class ReturnsObjects(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        rows, y = x.shape[0], self.fc(x).mean(0, keepdim=True)
+        return [Lazily(y, rows)], lambda: y.expand(rows, -1)
+
+
+def test_no_size_stays_traced_in_what_a_forward_returns():
+    prepared = qgraph.prepare(ReturnsObjects(), "W4")
+    (lazily,), function = prepared(torch.randn(3, 4))  # recorded
+    assert type(lazily.rows) is int and type(lazily.sizes["all"][0]) is int
+    assert lazily().shape == function().shape == (3, 4)

@@ -217,3 +217,28 @@ def test_a_thread_that_captures_nothing_goes_on_undisturbed(meeting):
     captured, found = on_threads(lambda: prepared(x), plain)
     MEETINGS.clear()
     assert torch.equal(found, expected) and torch.equal(captured, prepared(x))
+
+
+class Frozen(dict):
+    def clear(self):
+        raise TypeError("frozen")
+
+    update = clear
+
+
+class Remembers(nn.Module):
+    """Keeps its last result under a private name, and a config that takes no change."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self._config = nn.Linear(8, 8), Frozen(width=8)
+
+    def forward(self, x):
+        self._last = self.fc(x)
+        return self._last
+
+
+def test_private_attributes_are_put_back_too():
+    prepared = qgraph.prepare(nn.Sequential(Remembers()), "W2", torch.ones(2, 8))
+    assert "_last" not in vars(prepared[0])
+    copy.deepcopy(prepared)  # torch copies no result that has a gradient

@@ -167,6 +167,17 @@ def test_other_float_types_are_computed_in_float32(dtype, tmp_path):
     assert run(tmp_path / "m.onnx", input=x.float())[0].dtype == np.float32
 
 
+def test_a_default_type_of_float64(tmp_path):
+    x = torch.randn(3, 16)
+    net = qgraph.prepare(nn.Linear(16, 4), "W4-50%", (x,))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        export(net, tmp_path / "m.onnx", (x,))  # compares the file with the model
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Bags(nn.Module):
     def __init__(self):
         super().__init__()

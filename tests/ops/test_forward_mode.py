@@ -57,3 +57,20 @@ def test_a_derivative_by_a_weight_inside_a_forward_goes_through_its_quantizer(de
     w = prepared.w.detach().requires_grad_()
     (slope,) = torch.autograd.grad(torch.tanh(x @ prepared.qgraph["w"](w)).sum(), w)
     torch.testing.assert_close(prepared(x).detach(), slope if derivative == "grad" else slope.sum())
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_second_derivatives_are_those_of_backward_twice(captured):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    prepared = qgraph.prepare(net, "A4W2", x if captured else None).eval()
+
+    def energy(row):
+        return prepared(row[None]).sum()
+
+    twice = torch.autograd.functional.hessian(energy, x[0])
+    torch.testing.assert_close(torch.func.hessian(energy)(x[0]), twice)
+    torch.testing.assert_close(torch.func.vmap(torch.func.hessian(energy))(x)[0], twice)
+    slopes = torch.func.vmap(torch.func.jacfwd(energy))(x)
+    torch.testing.assert_close(slopes[0], torch.autograd.functional.jacobian(energy, x[0]))
