@@ -50,7 +50,7 @@ _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttenti
 
 
 class Captured:
-    """Marks the installed subclasses. Before the user's class, whose `__init_subclass__` (a registry) is not for them."""
+    """Marks installed subclasses. Before the user's class, whose `__init_subclass__` (a registry) is not for them."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         pass

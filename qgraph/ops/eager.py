@@ -24,8 +24,8 @@ def plain_on_cpu(*tensors: Tensor) -> bool:
 
 
 def has_tangent(x: Tensor) -> bool:
-    """Whether `x` is a dual tensor, of `torch.func.jvp` or `torch.autograd.forward_ad`, or may be one to a jvp around the
-    transform that runs (as `torch.func.hessian` has it).
+    """Whether `x` is a dual tensor, of `torch.func.jvp` or `torch.autograd.forward_ad`, or may be one to a jvp around
+    the transform that runs (as `torch.func.hessian` has it).
     """
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
