@@ -79,7 +79,7 @@ class DDT(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         dense, sparse, ctx.spec, known = inputs
-        # Whether `native.restored` gives the values again; those that are remembered are held all the same.
+        # Whether `restored` gives the values again; those that are remembered are held all the same.
         compiled = native.quantizes(ctx.spec, dense, sparse)
         ctx.restorable = known is None and compiled
         ctx.mark_non_differentiable(output[1])
@@ -88,10 +88,15 @@ class DDT(torch.autograd.Function):
         ctx.save_for_backward(dense, kept, output[1])
 
     @staticmethod
+    def restored(ctx: Any) -> Tensor:
+        """The denoised values again."""
+        return native.restored(*_saved(ctx), ctx.spec)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if grads[0] is None:
             return None, None, None, None
-        dense, sparse, stats = saved(ctx)
+        dense, sparse, stats = _saved(ctx)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = differentiable_gradient(grads[0], dense, sparse, ctx.spec)
         elif native.quantizes(ctx.spec, dense, sparse, grads[0]):
@@ -103,7 +108,7 @@ class DDT(torch.autograd.Function):
         return grad, None, None, None
 
 
-def saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     """`dense`, `sparse` and the statistics of a forward pass; of pruned values, mostly, a byte each was kept."""
     dense, sparse, stats = ctx.saved_tensors
     if sparse is not None and sparse.dtype == torch.bool:

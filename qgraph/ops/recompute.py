@@ -1,8 +1,9 @@
-"""Quantized operands are not kept for backward: they are computed again there from what DDT keeps anyway.
+"""Quantized operands are not kept for backward: they are computed again there from what they were made of.
 
 The backward pass of a product needs both of its operands, so a product of quantized ones would hold those beside the
 values that they were made of, which DDT needs for its own: for weights a second copy of the model, for activations a
 second one of each. From the statistics of their groups quantized values are one pass over memory, the same to the bit.
+What was quantized straight-through is one pass more; its float values are, as a rule, kept by the operation before.
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgraph.ops import native
-from qgraph.ops.ddt import saved
-
 LARGE = 1 << 18  # values: below, the bookkeeping takes longer than the pass and frees little
 # Their results lie in the memory of what they are given.
 _LAYOUTS = frozenset({"ViewBackward0", "PermuteBackward0", "TransposeBackward0", "TBackward0", "AliasBackward0"})
@@ -26,14 +24,14 @@ _LAYOUTS = frozenset({"ViewBackward0", "PermuteBackward0", "TransposeBackward0",
 def recomputing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function`, a product, without quantized operands among what it keeps for backward.
 
-    Everything else is kept as it always is: small operands, those of other methods than "ddt" or off the compiled CPU
-    passes; and all of them where torch compiles, which sees to memory itself, or traces, or where a checkpoint or the
-    user has hooks for what is saved.
+    Everything else is kept as it always is: small operands, and those that the compiled CPU passes have not made; and
+    all of them where torch compiles, which sees to memory itself, or traces, or where a checkpoint or the user has
+    hooks for what is saved.
     """
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if traced or not torch.is_grad_enabled() or not any(map(_of_ddt, args)):
+        if traced or not torch.is_grad_enabled() or not any(map(_quantizer_of, args)):
             return function(*args, **kwargs)
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return function(*args, **kwargs)
@@ -72,12 +70,11 @@ class _Recomputed:
 
     def __call__(self) -> Tensor:
         with torch.no_grad():
-            dense, sparse, stats = saved(self.node)
-            return native.restored(dense, sparse, stats, self.node.spec).as_strided(*self.layout)
+            return self.node._forward_cls.restored(self.node).as_strided(*self.layout)
 
 
 def _pack(tensor: Tensor) -> _Kept | _Recomputed:
-    node = _of_ddt(tensor)
+    node = _quantizer_of(tensor)
     return _Kept(tensor) if node is None else _Recomputed(tensor, node)
 
 
@@ -85,11 +82,11 @@ def _unpack(packed: _Kept | _Recomputed) -> Tensor:
     return packed()
 
 
-def _of_ddt(tensor: Any) -> Any:
-    """The node of the DDT whose result a large tensor shows, where that can be had again; else None."""
+def _quantizer_of(tensor: Any) -> Any:
+    """The node of the operation whose result a large tensor shows, where that can be had again; else None."""
     if type(tensor) is not Tensor or tensor.numel() < LARGE:
         return None
     node: Any = tensor.grad_fn
     while node is not None and node.name() in _LAYOUTS:
         node = node.next_functions[0][0]
-    return node if getattr(node, "restorable", False) else None  # as DDT says of itself
+    return node if getattr(node, "restorable", False) else None  # as ours say of themselves

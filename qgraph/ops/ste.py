@@ -31,12 +31,14 @@ from qgraph.ops.vmapped import vmapped
 
 @vmapped
 class StraightThrough(torch.autograd.Function):
-    """`s q + b` with the identity as gradient, also where codes are clipped, as in BitNet b1.58."""
+    """`s q + b` with the identity as gradient, also where codes are clipped, as in BitNet b1.58.
+
+    Backward needs nothing; values of the compiled passes are kept to be quantized again (`qgraph.ops.recompute`).
+    """
 
     @staticmethod
     def forward(x: Tensor, spec: QuantSpec, sparse: bool) -> Tensor:
-        # Not with a mean for its scale: its sum has to be that of `ste_codes`, or codes would differ.
-        if native.quantizes(spec, x) and not sparse and not scale_is_mean(spec):
+        if _compiled(x, spec, sparse):
             return native.forward(x, None, spec, regress=False)[0]
         q, step, offset = ste_codes(x, spec, sparse)
         y = q.mul_(step) if offset is None else torch.addcmul(offset, q, step)
@@ -44,11 +46,24 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        ctx.restorable = _compiled(*inputs)
+        if ctx.restorable:
+            ctx.spec = inputs[1]
+            ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def restored(ctx: Any) -> Tensor:
+        """The result again."""
+        return native.forward(ctx.saved_tensors[0], None, ctx.spec, regress=False)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0], None, None
+
+
+def _compiled(x: Tensor, spec: QuantSpec, sparse: bool) -> bool:
+    """Not with a mean for its scale: its sum has to be that of `ste_codes`, or codes would differ."""
+    return native.quantizes(spec, x) and not sparse and not scale_is_mean(spec)
 
 
 @vmapped

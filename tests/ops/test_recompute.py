@@ -72,7 +72,7 @@ def plain(run, monkeypatch):
         return run()
 
 
-@pytest.mark.parametrize("config", ["W4", "A8W4", "A4W1", "A2W2@128", "A1W1-2:4", "W1.58@4"])
+@pytest.mark.parametrize("config", ["W4", "A8W4", "A4W1", "A2W2@128", "A8W4@4", "A1W1-2:4", "W1.58@4"])
 def test_gradients_are_those_of_kept_operands(config, monkeypatch):
     model, x = prepared(config)
     expected = plain(lambda: gradients(copy.deepcopy(model), x), monkeypatch)
@@ -80,8 +80,9 @@ def test_gradients_are_those_of_kept_operands(config, monkeypatch):
         assert torch.equal(found, kept)
 
 
-def test_no_quantized_operand_is_alive_between_the_passes():
-    model, x = prepared("A4W1")
+@pytest.mark.parametrize("config", ["A4W1", "A8W4@18"])
+def test_no_quantized_operand_is_alive_between_the_passes(config):
+    model, x = prepared(config)
     storages = {}
 
     def note(name):
@@ -124,7 +125,7 @@ def test_operands_that_change_before_backward_are_an_error():
 
 def test_hooks_of_others_are_left_theirs(monkeypatch):
     model, x = prepared("A4W1")
-    monkeypatch.setattr(native, "restored", None)
+    monkeypatch.setattr(DDT, "restored", None)
     expected = plain(lambda: gradients(copy.deepcopy(model), x), monkeypatch)
 
     def checkpointed():
