@@ -81,9 +81,9 @@ def _recorded(frame: _Frame) -> _Frame:
 
 
 def is_user_file(filename: str) -> bool:
-    """Whether a file is neither generated, nor installed, nor one of ours."""
+    """Whether a file is neither generated, nor compiled (Cython names its source), nor installed, nor one of ours."""
     path = filename.replace("\\", "/")
-    if path.startswith("<") or "/site-packages/" in path or "/lib/python" in path:
+    if path.startswith("<") or path.endswith(".pyx") or "/site-packages/" in path or "/lib/python" in path:
         return False
     return path not in _own_files()
 

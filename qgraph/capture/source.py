@@ -44,7 +44,7 @@ def raised_at(error: BaseException) -> str:
     found, step = "<unknown>:0", error.__traceback__
     while step is not None:
         path = step.tb_frame.f_code.co_filename
-        if not path.startswith((HERE, TORCH, "<")) and path not in _PLUMBING:
+        if not path.startswith((HERE, TORCH, "<")) and not path.endswith(".pyx") and path not in _PLUMBING:
             found = f"{path}:{step.tb_lineno}"
         step = step.tb_next
     return found

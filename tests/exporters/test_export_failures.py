@@ -331,6 +331,25 @@ def test_random_numbers_in_eval_are_named(tmp_path):
     assert export(net, tmp_path / "m.onnx", (x,), verify=False).layers[0].path == "fc"
 
 
+class Counting(nn.Module):
+    """How often a layer is called is drawn by numpy, whose code is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        for _ in range(np.random.default_rng(0).poisson(x.abs().sum().item())):
+            x = self.fc(x)
+        return x
+
+
+def test_an_error_in_compiled_code_names_the_users_line(tmp_path):
+    net = qgraph.prepare(Counting(), "W4", (X[:1, :4],))
+    first = inspect.getsourcelines(Counting)[1]
+    refuses(net, tmp_path / "m.onnx", (X[:1, :4],), match=rf"{Path(__file__).name}:{first + 8}")
+
+
 class QuietWhenTraced(nn.Module):
     """Under torch.export it leaves a layer out that eager runs."""
 
