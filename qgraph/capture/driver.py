@@ -42,7 +42,10 @@ def install_made(module: nn.Module, path: str, shared: Shared) -> None:
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], progress: Callable[[str], None]) -> None:
-    """Run the model once in eval and once in train mode, float, and keep the graphs; leave no trace of the runs."""
+    """Run the model once in eval and once in train mode, float, and keep the graphs; leave no trace of the runs.
+
+    A mode in which a forward has filled a table outside of the model is run again, since the next one may find it full.
+    """
     modes = [(module, module.training) for module in model.modules()]
     before = Snapshot(model)
     try:
@@ -50,6 +53,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pro
             progress("train" if training else "eval")
             _set_mode(model, modes, training)
             _run_once(model, args, kwargs, before)
+        for training in (False, True):
+            if sum(state.try_again(training) for _, _, state in states(model)):
+                _set_mode(model, modes, training)
+                _run_once(model, args, kwargs, before)
     finally:
         for module, training in modes:
             module.training = training

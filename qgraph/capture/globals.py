@@ -38,6 +38,7 @@ from qgraph.capture.contents import (
     value_at,
 )
 from qgraph.capture.guards import Guard
+from qgraph.capture.memos import Memos
 from qgraph.capture.structure import Step
 from qgraph.graph import OWN_FORWARD
 
@@ -80,6 +81,8 @@ class GlobalReads:
         self.named: set[str] = set()  # attributes, in that code
         self._met: dict[tuple[int, str], _Met] = {}
         self._memos: list[Any] = []
+        self.memos = Memos()
+        self.changed = False  # by the forward, perhaps once and for all: a table that its first call fills
 
     def begin(self, forward: Any) -> None:
         """Keep what the names in the forward's code, and in the functions that it leads to, stand for."""
@@ -91,6 +94,7 @@ class GlobalReads:
         for met in self._met.values():
             now = value_at(met.names, met.steps)
             if contents(now) != met.before:
+                self.changed |= self._recorder.recording
                 self._recorder.fail(f"changes {met.text}")
             elif met.guarded is not None:
                 for condition in conditions(met.guarded, now):
@@ -135,6 +139,7 @@ class GlobalReads:
         self.named |= attributes_named(code)
         for attribute in attributes_named(code):
             for base in kind.__mro__:
+                self.memos.add(base, attribute, base.__dict__.get(attribute))
                 self.follow(base.__dict__.get(attribute), kind)
             self._of_class(attribute, where, kind)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
@@ -155,8 +160,11 @@ class GlobalReads:
     def _outside(self, name: Name, names: Mapping[str, Any], where: str, kind: type) -> None:
         steps: tuple[Step, ...] = (Step(False, name.name),)
         value = value_at(names, steps)
+        self.memos.add(names, name.name, value)
         for step in name.steps:
             part = part_of(value, step)
+            if isinstance(value, ModuleType):
+                self.memos.add(vars(value), str(step.key), part)
             if part is NOTHING:  # a method, or not there: all of the object may matter
                 self.follow(inspect.getattr_static(value, str(step.key), None), kind)
                 break

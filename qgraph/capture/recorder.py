@@ -62,6 +62,7 @@ class Recorder(TorchFunctionMode):
         self.quantize = quantize
         self.reason = reason
         self.reason_where = where
+        self.through = False  # the run is over: sizes that outlive it, as keys of a dict, are plain numbers
         self.graph = new_graph()
         self.values = Values(self)
         self.effects = Effects(self)
@@ -89,6 +90,11 @@ class Recorder(TorchFunctionMode):
         return self.reason is None
 
     @property
+    def tracing(self) -> bool:
+        """Whether what Python does with a size is written down."""
+        return self.recording and not self.through
+
+    @property
     def left_to_python(self) -> bool:
         """Whether torch.compile leaves such a forward to Python as a whole: it would have to break it inside a loop."""
         return any(times > 1 for times in self._data_shapes.values())
@@ -113,16 +119,21 @@ class Recorder(TorchFunctionMode):
         self.globals.begin(forward)
         self._rng = random_states()
         self.counters.show()
+        self.globals.memos.show()
         try:
             with self._active(), self:
                 result = forward(self.module, *bound[0], **bound[1])
         except BaseException:
             self.counters.hide()
             self.effects.release()
+            self.through = True
             raise
+        finally:
+            self.globals.memos.hide()
         self._ended = definition(self.module, forward)
         self._finish(result)
         self.effects.release_result(result)
+        self.through = True
         return plain(result)
 
     def release(self) -> None:
@@ -130,7 +141,7 @@ class Recorder(TorchFunctionMode):
         until Python looks for cycles. Traced numbers may live on; they ask whether it is recording, and it is not.
         """
         vars(self).clear()
-        self.reason = "its forward is over"
+        self.reason, self.through = "its forward is over", True
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
@@ -149,10 +160,12 @@ class Recorder(TorchFunctionMode):
             self._note(self.values.introduce, args, kwargs)
             self.counters.hide()
             self.effects.hide()
+            self.globals.memos.hide()
             try:
                 with _pop_mode_temporarily():
                     yield
             finally:
+                self.globals.memos.show()
                 self.effects.unhide()
                 self._rng = random_states()
 
@@ -306,7 +319,7 @@ class Recorder(TorchFunctionMode):
 
     def guard(self, expression: Expression, value: Any) -> None:
         """Note that Python relied on `expression` being `value`."""
-        if not self.recording:
+        if not self.tracing:
             return
         for leaf in _leaves(expression):
             if leaf.node in self.values.data_dependent:

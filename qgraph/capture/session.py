@@ -317,4 +317,5 @@ class Session:
                 state.variants.append(variant)
                 return
             state.keep_sites(recorder.operands.sites)
-            state.give_up(call, training, recorder.reason or "", recorder.reason_where)
+            first = recorder.globals.changed
+            state.give_up(call, training, recorder.reason or "", recorder.reason_where, first)

@@ -26,6 +26,7 @@ class Opaque:
     training: bool
     reason: str
     where: str
+    first: bool = False  # perhaps the first such call alone
 
 
 _ONE_TENSOR = (signature(torch.empty(0)), ())
@@ -111,10 +112,18 @@ class ModuleState:
             sizes = [tuple(weight.shape) for weight in weights]
             self.python_sites.setdefault(tuple(p.site for p in site.weights), (site, where, sizes))
 
-    def give_up(self, call: Call, training: bool, reason: str, where: str = "<unknown>:0") -> None:
+    def give_up(self, call: Call, training: bool, reason: str, where: str = "<unknown>:0", first: bool = False) -> None:
         """Note that calls of this kind run as Python."""
         if self.known_opaque(call, training) is None:
-            self.opaque.append(Opaque(call.names, call.signature, training, reason, where))
+            self.opaque.append(Opaque(call.names, call.signature, training, reason, where, first))
+
+    def try_again(self, training: bool) -> bool:
+        """Forget the calls of a mode that may have been Python's for being the first; whether there were any."""
+        stay = [entry for entry in self.opaque if entry.training is not training or not entry.first]
+        found, self.opaque = len(stay) < len(self.opaque), stay
+        if found and not stay:
+            self.python_sites.clear()
+        return found
 
     def known_opaque(self, call: Call, training: bool) -> Opaque | None:
         for entry in self.opaque:

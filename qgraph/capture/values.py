@@ -96,7 +96,7 @@ class _Traced:
         if type(value) not in _NUMBERS or not all(isinstance(o, _NUMBERS) for o in operands):
             self._specialize()  # an array, a complex number: they tell of nothing
             return value
-        if not self.recorder.recording:
+        if not self.recorder.tracing:
             return value
         expressions = tuple(o.expression if isinstance(o, _Traced) else o for o in operands)
         return traced(value, Operation(function, expressions), self.recorder)
