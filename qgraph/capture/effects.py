@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from qgraph.capture.source import locate
@@ -272,7 +273,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _holds_traced(value: Any) -> bool:
-    return is_traced(value) or (type(value) is tuple and plain(value) is not value)
+    return is_traced(value) or (type(value) in (tuple, torch.Size) and plain(value) is not value)
 
 
 def _held(value: Any) -> list[tuple[Step, Any]]:

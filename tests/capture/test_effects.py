@@ -251,7 +251,7 @@ class Lazily:
     """Computes when it is called, by a size."""
 
     def __init__(self, x, rows):
-        self.x, self.rows, self.sizes = x, rows, {"all": (rows, 4)}
+        self.x, self.rows, self.sizes = x, rows, {"all": (rows, 4), "torch": torch.Size((rows, 4))}
 
     def __call__(self):
         return self.x.expand(self.rows, -1)
@@ -271,4 +271,5 @@ def test_no_size_stays_traced_in_what_a_forward_returns():
     prepared = qgraph.prepare(ReturnsObjects(), "W4")
     (lazily,), function = prepared(torch.randn(3, 4))  # recorded
     assert type(lazily.rows) is int and type(lazily.sizes["all"][0]) is int
+    assert type(lazily.sizes["torch"][0]) is int
     assert lazily().shape == function().shape == (3, 4)
