@@ -258,6 +258,14 @@ def _holds_traced(value: Any) -> bool:
     return is_traced(value) or (type(value) is tuple and plain(value) is not value)
 
 
+def forget_traced(value: Any) -> None:
+    """Leave plain numbers in the objects that a forward gives back."""
+    for _, item in walk(value):
+        for step, part in () if isinstance(item, tuple) else parts(item) or ():
+            if _holds_traced(part):
+                step.put(item, plain(part))
+
+
 def _put(holder: Any, step: Step, value: Any) -> None:
     """Set a part without the ado of a module that is assigned to."""
     if isinstance(holder, nn.Module):
