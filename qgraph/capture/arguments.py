@@ -155,10 +155,11 @@ class Values:
         """Ints that stand alone or in tuples come back traced; anything mutable is left as it is."""
         if type(value) is int:
             return traced(value, _Part(node, path, self), self._recorder)
-        if type(value) is tuple or type(value) is torch.Size:
+        named = is_namedtuple(value)
+        if named or type(value) is tuple or type(value) is torch.Size:
             items = [self._trace_ints(node, item, (*path, Step(False, i))) for i, item in enumerate(value)]
             if any(new is not old for new, old in zip(items, value, strict=True)):
-                return type(value)(items)
+                return type(value)(*items) if named else type(value)(items)
         return value
 
     # -- writing arguments -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ints that an argument object keeps (how many tokens a cache holds): inputs of the graph, not constants.
+"""Ints that an object keeps (how many tokens a cache holds), an argument or what a child returns: no constants.
 
 While the forward's own code runs, each such attribute holds the number traced; whoever else may look (a child, the
 caller) meets the plain one.
@@ -28,14 +28,14 @@ class _Counter:
 
 
 class Counters:
-    """The ints of a forward's argument objects, shown traced to its own code and plain to all others."""
+    """The ints of the objects that a forward is given, shown traced to its own code and plain to all others."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._counters: list[_Counter] = []
 
     def watch(self, node: fx.Node, value: Any) -> None:
-        """Trace the ints of the objects in an argument."""
+        """Trace the ints of the objects in an argument, or in a child's result."""
         if isinstance(value, nn.Module):
             return
         seen: set[int] = set()
@@ -74,7 +74,7 @@ class Counters:
 
 
 class CounterLeaf(Leaf):
-    """The number that an attribute held when the forward began: read at the top of the graph, once."""
+    """The number that an attribute held when the forward met its object: read right there in the graph, once."""
 
     __slots__ = ("made", "path", "recorder")
     made: list[fx.Node]
@@ -88,9 +88,11 @@ class CounterLeaf(Leaf):
 
     def emit(self, graph: fx.Graph) -> fx.Node:
         if not self.made:
-            with self.recorder.values.at_top():
+            given = self.node.op == "placeholder"
+            with self.recorder.values.at_top() if given else graph.inserting_before(self.node.next):
                 self.made.append(self.recorder.values.step_into(self.node, self.path))
         return self.made[0]
 
     def source(self) -> str | None:
-        return self.node.meta["source"] + "".join(map(str, self.path))
+        root = self.node.meta.get("source")
+        return None if root is None else root + "".join(map(str, self.path))

@@ -295,6 +295,14 @@ def _put_past(holder: Any, step: Step, value: Any) -> None:
         step.put(holder, value)
 
 
+def forget_traced(value: Any) -> None:
+    """Leave plain numbers in the objects that a forward gives back."""
+    for _, item in walk(value):
+        for step, part in () if isinstance(item, tuple) else parts(item) or ():
+            if _holds_traced(part):
+                step.put(item, plain(part))
+
+
 def _put(holder: Any, step: Step, value: Any) -> None:
     """Set a part without the ado of a module that is assigned to."""
     if isinstance(holder, nn.Module):

@@ -21,7 +21,7 @@ from qgraph.capture import calls
 from qgraph.capture.arguments import Values
 from qgraph.capture.attributes import AttributeReads
 from qgraph.capture.counters import Counters
-from qgraph.capture.effects import Effects
+from qgraph.capture.effects import Effects, forget_traced
 from qgraph.capture.globals import GlobalReads
 from qgraph.capture.guards import Guard, check, check_structure
 from qgraph.capture.modes import Modes
@@ -134,6 +134,8 @@ class Recorder(TorchFunctionMode):
         self._finish(result)
         self.effects.release_result(result)
         self.through = True
+        with torch._C.DisableTorchFunction():
+            forget_traced(result)
         return plain(result)
 
     def release(self) -> None:
@@ -390,6 +392,8 @@ class Recorder(TorchFunctionMode):
             seen = self.values.result(node, result, args, kwargs, versions, False)
             if not isinstance(result, Tensor):
                 self.effects.watch(result, f"the result of {path}", given=False)
+                self.counters.watch(node, result)
+                self.counters.show()
             return seen
         except Unsupported as error:
             self.fail(str(error))

@@ -41,7 +41,9 @@ class Step(NamedTuple):
 
     def put(self, holder: Any, value: Any) -> None:
         """Set the part of `holder`."""
-        if self.attribute:
+        if self.attribute and _is_frozen(type(holder)):
+            object.__setattr__(holder, self.key, value)
+        elif self.attribute:
             setattr(holder, self.key, value)
         else:
             holder[self.key] = value
@@ -189,8 +191,15 @@ def _leaf_signature(value: Any, top: bool) -> Any:
 
 
 def has_counters(value: Any) -> bool:
-    """Whether the ints among an object's attributes are inputs of a graph: a plain object that a forward may change."""
-    return _form(value) == "object" and type(value).__setattr__ is object.__setattr__
+    """Whether the ints among an object's attributes are inputs of a graph: a plain object, or a dataclass."""
+    if _form(value) not in ("object", "fields") or isinstance(value, (tuple, dict)) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__setattr__ is object.__setattr__ or _is_frozen(type(value))
+
+
+def _is_frozen(kind: type) -> bool:
+    parameters = getattr(kind, "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen
 
 
 def aliases(values: tuple[Any, ...]) -> tuple[int, ...]:

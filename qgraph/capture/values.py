@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from qgraph.capture.structure import is_namedtuple
+
 if TYPE_CHECKING:
     from qgraph.capture.recorder import Recorder
 
@@ -303,6 +305,9 @@ def plain(value: Any) -> Any:
     if kind in (tuple, list, torch.Size):
         items = [plain(v) for v in value]
         return value if _unchanged(items, value) else kind(items)
+    if issubclass(kind, tuple) and is_namedtuple(value):
+        items = [plain(v) for v in value]
+        return value if _unchanged(items, value) else kind(*items)
     if kind is dict:
         items = [plain(v) for v in value.values()]
         return value if _unchanged(items, value.values()) else dict(zip(value, items, strict=True))

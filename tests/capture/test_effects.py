@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -273,3 +275,55 @@ def test_no_size_stays_traced_in_what_a_forward_returns():
     assert type(lazily.rows) is int and type(lazily.sizes["all"][0]) is int
     assert type(lazily.sizes["torch"][0]) is int
     assert lazily().shape == function().shape == (3, 4)
+
+
+class Plain:
+    def __init__(self, hidden, length):
+        self.hidden, self.length = hidden, length
+
+
+class Named(NamedTuple):
+    hidden: torch.Tensor
+    length: int
+
+
+@dataclasses.dataclass
+class Data:
+    hidden: torch.Tensor
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    hidden: torch.Tensor
+    length: int
+
+
+@pytest.mark.parametrize("kind", [Plain, Named, Data, Frozen])
+def test_a_size_in_what_a_child_returns_stays_a_size(kind):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return kind(self.fc(x), x.shape[0])
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = Encoder()
+
+        def forward(self, x):
+            encoded = self.encoder(x)
+            return encoded.hidden.sum(0) / encoded.length, encoded.length
+
+    model, x = Mean(), torch.randn(3, 4)
+    prepared = qgraph.prepare(copy.deepcopy(model), "W4", (x,))
+    assert type(prepared.encoder(x).length) is int
+    with qgraph.disabled(prepared):
+        for other in (x, torch.randn(5, 4)):
+            mean, length = prepared(other)
+            assert torch.equal(mean, model(other)[0]) and length == len(other)
+    found = qgraph.inspect(prepared).coverage
+    assert not found.guard_misses and not found.opaque
