@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from qgraph.errors import CaptureError, ConfigError
-from qgraph.graph import is_prepared, quantizer_modules
+from qgraph.errors import ConfigError
+from qgraph.graph import quantizer_modules, shared_below
 from qgraph.ops import memo
 
 __all__ = ["cached_bytes", "clear_cache", "set_cache_limit"]
@@ -54,7 +54,6 @@ def set_cache_limit(size: int) -> None:
 
 
 def _memos(prepared: nn.Module) -> list[memo.Memo]:
-    if not is_prepared(prepared):
-        raise CaptureError(f"{type(prepared).__name__} is not prepared: call qgraph.prepare on it first.")
+    shared_below(prepared)  # raises where nothing is prepared
     found = [getattr(module, "memo", None) for module in quantizer_modules(prepared)]
     return [held for held in found if held is not None]

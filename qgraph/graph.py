@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch.optim.swa_utils import AveragedModel
 
 from qgraph.config import QConfig, QuantSpec, SparsitySpec
+from qgraph.errors import CaptureError
 from qgraph.modules import ActivationQuantizer, Quantizers, Sparsifier, WeightQuantizer
 from qgraph.ops import Groups
 from qgraph.placement import Owner, Site, place
@@ -230,12 +232,28 @@ def is_prepared(model: nn.Module) -> bool:
     return STATE in model.__dict__
 
 
+def shared_below(model: nn.Module) -> list[Shared]:
+    """What each prepared model shares that is, or is inside, `model` (a wrapper, a task around it).
+
+    Raises
+    ------
+    CaptureError
+        Where there is none.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = {id(m.__dict__[STATE].shared): m.__dict__[STATE].shared for m in modules if is_prepared(m)}
+    if not found:
+        raise CaptureError(f"{type(model).__name__} is not prepared: call qgraph.prepare on it first.")
+    return [*found.values()]
+
+
 def unwrapped(model: Any) -> Any:
-    """The model inside torch.compile's and the data-parallel wrappers."""
+    """The model inside torch.compile's, the data-parallel and the averaging wrappers."""
+    wrappers = nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        elif isinstance(model, wrappers):
             model = model.module
         else:
             return model

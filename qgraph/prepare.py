@@ -15,7 +15,7 @@ from qgraph.config import QConfig
 from qgraph.copying import copied
 from qgraph.dump import Dump
 from qgraph.errors import CaptureError, ConfigError, QGraphError
-from qgraph.graph import STATE, Shared, coverage, is_prepared, matches_site, quantizer_modules, sites
+from qgraph.graph import Shared, coverage, is_prepared, matches_site, quantizer_modules, shared_below, sites
 from qgraph.ops.memory import give_back
 from qgraph.passes import default_pipeline
 from qgraph.passes.quantize_standard_layers import place_in_standard_layers
@@ -163,19 +163,23 @@ def _demand_full_coverage(prepared: nn.Module) -> None:
 def disabled(prepared: nn.Module, match: str | None = None) -> Iterator[nn.Module]:
     """Let the quantizers and sparsifiers pass values through untouched: all, or those whose site matches the glob.
 
+    `prepared` may be a module that holds a prepared model: DistributedDataParallel, a compiled one, a task around it.
+
     Examples
     --------
     >>> with qgraph.disabled(prepared):
     ...     float_output = prepared(x)
     """
     before = {id(module): module.enabled for module in _matching(prepared, match)}
-    off = prepared.__dict__[STATE].shared.off
-    off.append(match)
+    held_off = [shared.off for shared in shared_below(prepared)]
+    for off in held_off:
+        off.append(match)
     try:
         _switch(prepared, match, lambda module: False)
         yield prepared
     finally:
-        off.remove(match)
+        for off in held_off:
+            off.remove(match)
         _switch(prepared, match, lambda module: before.get(id(module), True))
 
 
@@ -190,8 +194,7 @@ def _switch(prepared: nn.Module, match: str | None, value: Callable[[Any], bool]
 
 
 def _matching(prepared: nn.Module, match: str | None) -> list[Any]:
-    if not is_prepared(prepared):
-        raise CaptureError(f"{type(prepared).__name__} is not prepared: call qgraph.prepare on it first.")
+    shared_below(prepared)  # raises where nothing is prepared
     found = [m for m in quantizer_modules(prepared) if match is None or matches_site(m.site, match)]
     if match is not None and not found:
         raise ConfigError(f"no quantizer's site matches {match!r}; qgraph.inspect(model).layers lists them.")

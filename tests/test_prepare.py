@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel
 
 import qgraph
 from qgraph.graph import coverage, sites
@@ -527,3 +528,27 @@ def test_classes_with_rules_of_their_own():
     assert Registered.kinds == {"scaled": Scaled}
     assert isinstance(prepared, Scaled)
     assert not coverage(prepared).opaque
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        nn.DataParallel,
+        AveragedModel,
+        lambda m: nn.Sequential(m, nn.Identity()),
+        functools.partial(torch.compile, backend="eager"),
+    ],
+)
+def test_what_switches_quantizers_takes_a_model_inside_another(around):
+    model = around(qgraph.prepare(mlp(), "W2", (X,)))
+    with qgraph.disabled(model):
+        assert torch.equal(model(X), mlp()(X))
+    assert not torch.equal(model(X), mlp()(X))
+    qgraph.set_enabled(model, False, "0.*")
+    assert not torch.equal(model(X), mlp()(X))
+    qgraph.set_enabled(model, False)
+    assert torch.equal(model(X), mlp()(X))
+    qgraph.clear_cache(model)
+    assert qgraph.cached_bytes(model) == 0
+    with pytest.raises(qgraph.errors.CaptureError, match="is not prepared"):
+        qgraph.set_enabled(around(mlp()), False)
