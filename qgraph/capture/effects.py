@@ -116,7 +116,7 @@ class Effects:
         """Let whoever else looks (a child) meet plain numbers in objects."""
         for watched in self._watched.values():
             for step, value in _state(watched.value).items():
-                if _holds_traced(value):
+                if holds_traced(value):
                     number = plain(value)
                     _put(watched.value, step, number)
                     self._hidden.append((watched.value, step, value, number))
@@ -134,9 +134,7 @@ class Effects:
         for watched in self._watched.values():
             for value in _state(watched.value).values():
                 if type(value) in (list, dict):
-                    for step, item in parts(value) or ():
-                        if _holds_traced(item):
-                            step.put(value, plain(item))
+                    forget_traced(value)
 
     # -- one object's change -----------------------------------------------------------------------------------------
 
@@ -251,18 +249,23 @@ def _kind(value: Any) -> str:
 
 def _same(old: Any, new: Any) -> bool:
     """Whether a part is as it was; a traced number is the same as no other, since it may differ at the next call."""
-    return old is new if _holds_traced(new) else same(plain(old) if _holds_traced(old) else old, new)
+    return old is new if holds_traced(new) else same(plain(old) if holds_traced(old) else old, new)
 
 
-def _holds_traced(value: Any) -> bool:
-    return is_traced(value) or (type(value) is tuple and plain(value) is not value)
+def holds_traced(value: Any) -> bool:
+    """Whether a value is a traced number, or a tuple of such."""
+    return is_traced(value) or (isinstance(value, tuple) and plain(value) is not value)
 
 
 def forget_traced(value: Any) -> None:
-    """Leave plain numbers in the objects that a forward gives back."""
+    """Leave plain numbers in the objects of a value that outlives the forward."""
     for _, item in walk(value):
+        if type(item) is dict and any(map(holds_traced, item)):
+            items = [(plain(key), part) for key, part in item.items()]
+            item.clear()
+            item.update(items)
         for step, part in () if isinstance(item, tuple) else parts(item) or ():
-            if _holds_traced(part):
+            if holds_traced(part):
                 step.put(item, plain(part))
 
 
