@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from qgraph.capture.source import locate
@@ -119,7 +118,7 @@ class Effects:
         """Let whoever else looks (a child) meet plain numbers in objects."""
         for watched in self._watched.values():
             for step, value in _state(watched.value).items():
-                if _holds_traced(value):
+                if holds_traced(value):
                     number = plain(value)
                     _put(watched.value, step, number)
                     self._hidden.append((watched.value, step, value, number))
@@ -137,9 +136,7 @@ class Effects:
         for watched in self._watched.values():
             for value in _state(watched.value).values():
                 if type(value) in (list, dict):
-                    for step, item in parts(value) or ():
-                        if _holds_traced(item):
-                            step.put(value, plain(item))
+                    forget_traced(value)
 
     def release_result(self, result: Any) -> None:
         """The same for what the forward returns, also for objects and functions that no graph can make."""
@@ -150,7 +147,7 @@ class Effects:
                 continue
             seen.add(id(holder))
             for step, value in _held(holder):
-                if _holds_traced(value):
+                if holds_traced(value):
                     with contextlib.suppress(Exception):  # a container that takes no change
                         _put_past(holder, step, plain(value))
                 else:
@@ -269,11 +266,12 @@ def _kind(value: Any) -> str:
 
 def _same(old: Any, new: Any) -> bool:
     """Whether a part is as it was; a traced number is the same as no other, since it may differ at the next call."""
-    return old is new if _holds_traced(new) else same(plain(old) if _holds_traced(old) else old, new)
+    return old is new if holds_traced(new) else same(plain(old) if holds_traced(old) else old, new)
 
 
-def _holds_traced(value: Any) -> bool:
-    return is_traced(value) or (type(value) in (tuple, torch.Size) and plain(value) is not value)
+def holds_traced(value: Any) -> bool:
+    """Whether a value is a traced number, or a tuple of such."""
+    return is_traced(value) or (isinstance(value, tuple) and plain(value) is not value)
 
 
 def _held(value: Any) -> list[tuple[Step, Any]]:
@@ -281,9 +279,8 @@ def _held(value: Any) -> list[tuple[Step, Any]]:
     if isinstance(value, FunctionType):
         return [(Step(False, i), cell) for i, cell in enumerate(value.__closure__ or ())]
     if isinstance(value, CellType):
-        return (
-            [] if value == CellType() else [(Step(True, "cell_contents"), value.cell_contents)]
-        )  # an empty one raises
+        empty = value == CellType()  # which raises
+        return [] if empty else [(Step(True, "cell_contents"), value.cell_contents)]
     return parts(value) or [(Step(True, name), item) for name, item in getattr(value, "__dict__", {}).items()]
 
 
@@ -296,10 +293,14 @@ def _put_past(holder: Any, step: Step, value: Any) -> None:
 
 
 def forget_traced(value: Any) -> None:
-    """Leave plain numbers in the objects that a forward gives back."""
+    """Leave plain numbers in the objects of a value that outlives the forward."""
     for _, item in walk(value):
+        if type(item) is dict and any(map(holds_traced, item)):
+            items = [(plain(key), part) for key, part in item.items()]
+            item.clear()
+            item.update(items)
         for step, part in () if isinstance(item, tuple) else parts(item) or ():
-            if _holds_traced(part):
+            if holds_traced(part):
                 step.put(item, plain(part))
 
 

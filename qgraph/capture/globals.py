@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,15 +37,18 @@ from qgraph.capture.contents import (
     part_of,
     value_at,
 )
+from qgraph.capture.effects import forget_traced, holds_traced
 from qgraph.capture.guards import Guard
 from qgraph.capture.memos import Memos
 from qgraph.capture.structure import Step
+from qgraph.capture.values import plain
 from qgraph.graph import OWN_FORWARD
 
 if TYPE_CHECKING:
     from qgraph.capture.recorder import Recorder
 
 _MOST_FUNCTIONS = 64  # that a forward's code leads to
+_WRAPPERS = (FunctionType, functools._lru_cache_wrapper)
 _CHANGING = (Iterator, set, deque, np.ndarray, *RANDOM)  # what may change without any attribute being set
 _MODES: dict[Any, tuple[tuple[str, ...], ...]] = {  # what code may ask torch, with which arguments
     torch.is_grad_enabled: ((),),
@@ -71,6 +74,17 @@ class _Met:
     modules: tuple[str, ...] = ()
     where: str = ""
 
+    def forget_traced(self, now: Any) -> None:
+        """Leave plain numbers in what stands there now."""
+        last, holders = self.steps[-1], self.steps[:-1]
+        cell = self.names.get(last.key)
+        if not holds_traced(now):
+            forget_traced(now)
+        elif isinstance(cell, CellType) and not holders:
+            cell.cell_contents = plain(now)
+        else:
+            last.put(value_at(self.names, holders) if holders else self.names, plain(now))
+
 
 class GlobalReads:
     """What one recorder's forward may read or change outside of modules."""
@@ -94,6 +108,7 @@ class GlobalReads:
         for met in self._met.values():
             now = value_at(met.names, met.steps)
             if contents(now) != met.before:
+                met.forget_traced(now)
                 self.changed |= self._recorder.recording
                 self._recorder.fail(f"changes {met.text}")
             elif met.guarded is not None:
@@ -230,7 +245,7 @@ def _layers(value: Any) -> Iterator[Any]:
         elif isinstance(value, (MethodType, staticmethod, classmethod)):
             value = value.__func__
         else:
-            value = value.__wrapped__ if isinstance(value, functools._lru_cache_wrapper) else None
+            value = vars(value).get("__wrapped__") if isinstance(value, _WRAPPERS) else None
 
 
 def _remembers(memo: Any, tensor: Tensor) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
+from qgraph.capture.bytecode import attributes_named, names_outside
 from qgraph.capture.contents import is_constant
 from qgraph.capture.values import plain
 
@@ -22,11 +24,31 @@ class Memos:
 
     def __init__(self) -> None:
         self._met: dict[tuple[int, str], tuple[Any, str, Any, Callable[..., Any]]] = {}
+        self._keeping: list[Any] = []  # sizes, as keys, for all that is known
 
     def add(self, holder: Any, name: str, value: Any) -> None:
         """`value`, of a class or of the globals of some code, is one if it is a cached function."""
         if isinstance(value, functools._lru_cache_wrapper):
             self._met.setdefault((id(holder), name), (holder, name, value, _through(value)))
+
+    def asked(self, frame: FrameType) -> None:
+        """A size is asked for its hash, perhaps by a cached function that code calls which nothing has led to."""
+        code, of = frame.f_code, type(frame.f_locals.get("self"))
+        known = len(self._met)
+        for name in {name.name for name in names_outside(code)}:
+            self.add(frame.f_globals, name, frame.f_globals.get(name))
+        for name in attributes_named(code):
+            for base in of.__mro__:
+                self.add(base, name, vars(base).get(name))
+        found = list(self._met.values())[known:]
+        self._keeping += [memo for _, _, memo, _ in found]
+        for each in found:
+            _exchange(*each)
+
+    def forget(self) -> None:
+        """Leave no size behind that this forward has followed: others would take it for theirs."""
+        for memo in self._keeping:
+            memo.cache_clear()
 
     def show(self) -> None:
         """The forward's own code goes on: it meets functions that sizes pass through."""

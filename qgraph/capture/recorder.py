@@ -130,6 +130,7 @@ class Recorder(TorchFunctionMode):
             raise
         finally:
             self.globals.memos.hide()
+            self.globals.memos.forget()
         self._ended = definition(self.module, forward)
         self._finish(result)
         self.effects.release_result(result)

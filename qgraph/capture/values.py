@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,10 @@ class _Traced:
 
     def __bool__(self): return bool(self._decide(operator.ne, 0))  # fmt: skip
 
-    def __hash__(self): return hash(self._specialize())  # fmt: skip
+    def __hash__(self) -> int:
+        if self.recorder.tracing:
+            self.recorder.globals.memos.asked(sys._getframe(1))
+        return hash(self._specialize())
 
     def __int__(self): return int(self._specialize())  # fmt: skip
 

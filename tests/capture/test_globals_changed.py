@@ -120,6 +120,27 @@ def test_what_a_forward_changes_outside_is_changed_at_every_call(kind):
     assert "outside of the model" in opaque.reason and __file__ in opaque.where
 
 
+def test_sizes_that_a_forward_leaves_outside_are_plain_numbers():
+    class Sized(_Layer):
+        def forward(self, x):
+            global LAST
+            LAST = OPTIONS.calls = x.shape[0]
+            TABLE[x.shape] = x.shape[1]
+            MAPS.append(x.shape[0])
+            self.seen = {x.shape[0]: LAST}
+            return self.fc(x)
+
+    MAPS.clear()
+    prepared = qgraph.prepare(Sized(), "W4", (torch.randn(3, 4),))
+    for _ in range(2):
+        key, value = TABLE.popitem()
+        left = [LAST, OPTIONS.calls, value, *key, *MAPS, *prepared.__dict__.get("seen", {})]
+        assert {type(number) for number in left} == {int}
+        prepared(torch.randn(5, 4))
+    OPTIONS.calls = 0
+    MAPS.clear()
+
+
 def test_what_a_forward_changes_around_itself_is_changed_at_every_call():
     kind, seen = _enclosing()
     x = torch.randn(3, 4)

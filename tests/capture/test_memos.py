@@ -46,6 +46,25 @@ def test_sizes_pass_through_cached_functions():
     assert not found.guard_misses and not found.opaque
 
 
+STEPS = [lambda x: x.reshape(folded(x.shape, heads=2)["split"])]  # code that no name leads to
+
+
+def test_a_cache_keeps_no_size_that_a_capture_has_followed():
+    class Layer(_Layer):
+        def forward(self, x):
+            for step in STEPS:
+                x = step(self.fc(x))
+            return x
+
+    folded.cache_clear()
+    model, x = Layer().eval(), torch.randn(2, 3, 8)
+    prepared = qgraph.prepare(copy.deepcopy(model), "W4", (x,)).eval()
+    split = folded(x.shape, heads=2)["split"]
+    assert [type(size) for size in split] == [int] * 4
+    with qgraph.disabled(prepared):
+        assert torch.equal(prepared(x), model(x))
+
+
 def test_a_graph_stays_as_it_was_recorded_while_a_cache_keeps_its_sizes():
     @functools.lru_cache
     def enclosed(batch):
