@@ -49,7 +49,8 @@ class Memos:
     def asked(self, frame: FrameType) -> None:
         """A size is asked for its hash, perhaps by a cached function that this code calls, and no name has led to."""
         names, of = frame.f_globals, type(frame.f_locals.get("self"))
-        found = [(names, name, names.get(name)) for name in {name.name for name in names_outside(frame.f_code)}]
+        outside = {name.name for name in names_outside(frame.f_code)}
+        found: list[tuple[Any, str, Any]] = [(names, name, names.get(name)) for name in outside]
         for base in of.__mro__:
             found += [(base, name, vars(base).get(name)) for name in attributes_named(frame.f_code)]
         for holder, name, value in found:

@@ -36,10 +36,10 @@ class _Layer(nn.Module):
         return h.reshape(*self.joined(*h.shape[:2])) + x.reshape(shapes["joined"])
 
 
-class _CallsMethod(_Layer):
+class _CallsMethod(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner = _Layer()
+        self.fc, self.inner = nn.Linear(8, 8), _Layer()
 
     def forward(self, x):
         return self.fc(self.inner.split(x).flatten(2))
