@@ -24,41 +24,44 @@ class Memos:
 
     def __init__(self) -> None:
         self._met: dict[tuple[int, str], tuple[Any, str, Any, Callable[..., Any]]] = {}
-        self._keeping: list[Any] = []  # sizes, as keys, for all that is known
+        self._shown = False
+        self._keeping: list[Any] = []  # sizes, as keys
 
     def add(self, holder: Any, name: str, value: Any) -> None:
         """`value`, of a class or of the globals of some code, is one if it is a cached function."""
-        if isinstance(value, functools._lru_cache_wrapper):
-            self._met.setdefault((id(holder), name), (holder, name, value, _through(value)))
-
-    def asked(self, frame: FrameType) -> None:
-        """A size is asked for its hash, perhaps by a cached function that code calls which nothing has led to."""
-        code, of = frame.f_code, type(frame.f_locals.get("self"))
-        known = len(self._met)
-        for name in {name.name for name in names_outside(code)}:
-            self.add(frame.f_globals, name, frame.f_globals.get(name))
-        for name in attributes_named(code):
-            for base in of.__mro__:
-                self.add(base, name, vars(base).get(name))
-        found = list(self._met.values())[known:]
-        self._keeping += [memo for _, _, memo, _ in found]
-        for each in found:
-            _exchange(*each)
-
-    def forget(self) -> None:
-        """Leave no size behind that this forward has followed: others would take it for theirs."""
-        for memo in self._keeping:
-            memo.cache_clear()
+        if isinstance(value, functools._lru_cache_wrapper) and (id(holder), name) not in self._met:
+            met = self._met[id(holder), name] = (holder, name, value, _through(value))
+            if self._shown:
+                _exchange(*met)
 
     def show(self) -> None:
         """The forward's own code goes on: it meets functions that sizes pass through."""
+        self._shown = True
         for holder, name, memo, through in self._met.values():
             _exchange(holder, name, memo, through)
 
     def hide(self) -> None:
         """Other code runs: it meets its own functions."""
+        self._shown = False
         for holder, name, memo, through in self._met.values():
             _exchange(holder, name, through, memo)
+
+    def asked(self, frame: FrameType) -> None:
+        """A size is asked for its hash, perhaps by a cached function that this code calls, and no name has led to."""
+        names, of = frame.f_globals, type(frame.f_locals.get("self"))
+        outside = {name.name for name in names_outside(frame.f_code)}
+        found: list[tuple[Any, str, Any]] = [(names, name, names.get(name)) for name in outside]
+        for base in of.__mro__:
+            found += [(base, name, vars(base).get(name)) for name in attributes_named(frame.f_code)]
+        for holder, name, value in found:
+            if isinstance(value, functools._lru_cache_wrapper):
+                self.add(holder, name, value)
+                self._keeping.append(value)
+
+    def forget(self) -> None:
+        """Leave no size behind that this forward has followed: others would take it for theirs."""
+        for memo in self._keeping:
+            memo.cache_clear()
 
 
 def _exchange(holder: Any, name: str, old: Any, new: Any) -> None:

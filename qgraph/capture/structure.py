@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ _TORCH_SCALARS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # torch.export's sizes, and what is computed from them
 
-_LEAVES = (*_SCALARS, *_TORCH_SCALARS, *_SYMBOLS, int, Tensor, nn.Module, type)
+_LEAVES = (*_SCALARS, *_TORCH_SCALARS, *_SYMBOLS, int, Tensor, nn.Module, type, ModuleType)
 
 
 class Unsupported(Exception):

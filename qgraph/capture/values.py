@@ -164,7 +164,7 @@ class _Traced:
     def __bool__(self): return bool(self._decide(operator.ne, 0))  # fmt: skip
 
     def __hash__(self) -> int:
-        if self.recorder.tracing:
+        if not self.recorder.through:  # also where the graph has been given up
             self.recorder.globals.memos.asked(sys._getframe(1))
         return hash(self._specialize())
 

@@ -27,15 +27,27 @@ class _Layer(nn.Module):
     def joined(self, batch, length):
         return batch, length, 8
 
+    def split(self, x):
+        return x.reshape(folded(x.shape, heads=2)["split"])
+
     def forward(self, x):
         shapes = folded(x.shape, heads=2)
         h = self.fc(x).reshape(shapes["split"]).softmax(2)
         return h.reshape(*self.joined(*h.shape[:2])) + x.reshape(shapes["joined"])
 
 
+class _CallsMethod(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.inner = nn.Linear(8, 8), _Layer()
+
+    def forward(self, x):
+        return self.fc(self.inner.split(x).flatten(2))
+
+
 def test_sizes_pass_through_cached_functions():
     folded.cache_clear()
-    model = nn.Sequential(_Layer(), _Layer()).eval()
+    model = nn.Sequential(_Layer(), _CallsMethod()).eval()
     prepared = qgraph.prepare(copy.deepcopy(model), "W4", (torch.randn(2, 3, 8),))
     assert isinstance(vars(_Layer)["joined"], functools._lru_cache_wrapper)
     assert isinstance(folded, functools._lru_cache_wrapper) and folded.cache_info().currsize == 1
@@ -52,6 +64,8 @@ STEPS = [lambda x: x.reshape(folded(x.shape, heads=2)["split"])]  # code that no
 def test_a_cache_keeps_no_size_that_a_capture_has_followed():
     class Layer(_Layer):
         def forward(self, x):
+            size = x.shape
+            assert x.sum().item() < 1e9 and folded(size, heads=4)  # no graph holds it
             for step in STEPS:
                 x = step(self.fc(x))
             return x
