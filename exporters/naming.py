@@ -71,7 +71,7 @@ def shorten(graph: ir.Graph, named: Collection[str]) -> None:
     kept = {id(value) for value in (*graph.inputs, *graph.outputs)}
     values = [value for node in graph for value in node.outputs]
     for value in graph.initializers.values():
-        value.shape = value.type = None  # the tensor says both
+        forget_type(value)
         name = value.name or ""
         if name in named or ("." in name and not name.startswith(SHARED)):
             kept.add(id(value))
@@ -87,6 +87,12 @@ def shorten(graph: ir.Graph, named: Collection[str]) -> None:
         value.name, value.shape = next(names), None
         if value.const_value is None:
             value.type = None
+
+
+def forget_type(value: ir.Value) -> None:
+    """Take shape and type off a constant, whose tensor says both; an output has to say them too."""
+    if not value.is_graph_output():
+        value.shape = value.type = None
 
 
 def drop_defaults(graph: ir.Graph) -> None:

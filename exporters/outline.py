@@ -16,7 +16,7 @@ import onnx
 import onnx.inliner
 import onnx_ir as ir
 
-from qgraph.exporters.naming import SHARED, common_path, identifiers, stem
+from qgraph.exporters.naming import SHARED, common_path, forget_type, identifiers, stem
 
 DOMAIN = "model"
 SHORTEST = 4  # nodes
@@ -74,7 +74,7 @@ def outline(model: ir.Model, owned_by: Sequence[str], modules: Mapping[str, str]
             call = _call(_chunk(chunk.path, chunk.graph, chunk.nodes), name)
             owner[call] = chunk.path
     for value in model.graph.initializers.values():
-        value.shape = value.type = None  # the tensor says both
+        forget_type(value)
     for body in graphs[1:]:
         _shorten(body, paths[body])
         if any(node.domain == DOMAIN for node in body):

@@ -216,3 +216,20 @@ def test_a_weight_that_two_modules_share_is_in_its_stack_once(tmp_path):
     assert found["9.weight"].shared_with == "2.weight"
     assert np.array_equal(found["9.weight"].weight, found["2.weight"].weight)
     assert sum(layer.bytes for layer in read_report(path).layers) == sum(layer.bytes for layer in report.layers)
+
+
+@pytest.mark.parametrize("target", ["ort", "standard"])
+def test_an_output_may_be_a_constant(target, tmp_path):
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("zero", torch.zeros(()))
+
+        def forward(self, x):
+            return self.fc(x), self.zero, self.zero, self.fc.bias, torch.arange(3)
+
+    x = torch.randn(2, 4)
+    qgraph.export(qgraph.prepare(WithLoss(), "W4", (x,)), tmp_path / "m.onnx", (x,), target=target)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [list(map(int, out.shape)) for out in session.get_outputs()[1:]] == [[], [], [4], [3]]
