@@ -19,8 +19,8 @@ _TORCHS = frozenset(vars(nn.Module()))  # every module has them; what else begin
 
 
 class Snapshot:
-    """Random states, a module's buffers and attributes, which parameters it has, and a call's arguments, before a run
-    that may be taken back.
+    """Random states, a module's buffers, attributes and hooks, which parameters it has, and a call's arguments,
+    before a run that may be taken back.
 
     Parameters
     ----------
@@ -40,6 +40,7 @@ class Snapshot:
         self.attributes = [(m, dict(m._buffers), _own_attributes(m)) for m in module.modules()]
         self.parameters = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None]
         self.children = [(m, dict(m._modules)) for m in module.modules() if not _is_ours_or_scripted(m)]
+        self.hooks = [(hooks, tuple(hooks)) for m in module.modules() for hooks in _hooks(m)]
         self.objects: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[Tensor, int, bool, Tensor]] = []
         for item in (item for value in values for _, item in walk(value)):
@@ -67,6 +68,9 @@ class Snapshot:
                     tensor.copy_(content)
         for item, content in self.objects:
             _put_back(item, content)
+        for hooks, before in self.hooks:
+            for key in [key for key in hooks if key not in before]:
+                del hooks[key]  # one that has gone is done with, as a lazy layer's
         for module, children in self.children:
             for name in [n for n in module._modules if n not in children and n != "qgraph"]:
                 del module._modules[name]  # made by the run
@@ -120,6 +124,10 @@ def _holds_the_same(item: Any, content: Any) -> bool:
         return False
     values = (item.values(), content.values()) if isinstance(item, dict) else (item, content)
     return all(a is b for a, b in zip(*values, strict=True))
+
+
+def _hooks(module: nn.Module) -> list[dict[int, Any]]:
+    return [value for name, value in module.__dict__.items() if "_hooks" in name and isinstance(value, dict)]
 
 
 def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:

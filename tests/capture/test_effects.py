@@ -327,3 +327,22 @@ def test_a_size_in_what_a_child_returns_stays_a_size(kind):
             assert torch.equal(mean, model(other)[0]) and length == len(other)
     found = qgraph.inspect(prepared).coverage
     assert not found.guard_misses and not found.opaque
+
+
+def test_hooks_that_a_forward_registers_once_are_taken_back():
+    class Records(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.seen, self.hooked = nn.Linear(4, 4), [], False
+
+        def forward(self, x):
+            self.seen.clear()
+            if not self.hooked:
+                self.fc.register_forward_hook(lambda _, __, out: self.seen.append(out))
+                self.hooked = True
+            return self.fc(x), len(self.seen)
+
+    x = torch.randn(3, 4)
+    prepared = qgraph.prepare(Records(), "W4", (x,))
+    assert not prepared.fc._forward_hooks
+    assert [prepared(x)[1] for _ in range(2)] == [Records()(x)[1]] * 2
