@@ -140,7 +140,7 @@ def _repair(text: str) -> str | None:
     parts = {
         "A": re.findall(r"[Aa]\s*((?:1\.58|\d+(?:\.\d+)?)[sS]?)", text),
         "W": re.findall(r"[Ww]\s*(1\.58|\d+(?:\.\d+)?)", text),
-        "-": re.findall(_SPARSITY, text),
+        "-": re.findall(_SPARSITY, re.sub(r"(?<=\d)\s*;\s*(?=\d)", ":", text)),
         "@": re.findall(r"@\s*(\w+)", text),
     }
     if any(len(found) > 1 for found in parts.values()):

@@ -176,6 +176,7 @@ def test_whole_floats_are_whole() -> None:
         ("A8W4@chanel", "@chanel is neither", "A8W4@channel"),
         ("A4W1/2:4", "not the notation", "A4W1-2:4"),
         ("A8W4@@128", "not the notation", "A8W4@128"),
+        ("A4W1-2;4", "not the notation", "A4W1-2:4"),
         ("W4@0", "a block holds at least one value", "W4"),
         ("A4W1-5:4", "sparsity 5:4: N of every M weights are kept, so 1 <= N <= M <= 32", "A4W1-4:5"),
         ("A4W1-0:4", "sparsity 0:4", "A4W1-1:4"),

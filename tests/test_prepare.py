@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import types
 import warnings
-from collections import UserDict
 from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations, parametrize
-from torch.optim.swa_utils import AveragedModel
 
 import qgraph
 from qgraph.graph import coverage, sites
@@ -171,21 +167,6 @@ def test_multihead_attention_fast_path_does_not_step_around_the_quantizers():
     assert {"encoder.layers.0.self_attn.in_proj_weight", "encoder.layers.0.self_attn.out_proj.weight"} <= names
 
 
-def test_disabled_by_glob_and_set_enabled():
-    prepared = qgraph.prepare(mlp(), "W1", X)
-    on = prepared(X)
-    with qgraph.disabled(prepared, "0"):
-        first_off = prepared(X)
-    with qgraph.disabled(prepared):
-        off = prepared(X)
-    assert torch.equal(prepared(X), on)
-    assert not torch.equal(first_off, on) and not torch.equal(first_off, off)
-    qgraph.set_enabled(prepared, False, "0")
-    assert torch.equal(prepared(X), first_off)
-    qgraph.set_enabled(prepared, True)
-    assert torch.equal(prepared(X), on)
-
-
 def test_rules_choose_by_path_type_and_leave_float_what_they_exclude():
     config = qgraph.QConfig.parse("W2").with_rules(qgraph.Rule("2", None))
     prepared = qgraph.prepare(mlp(), config, X)
@@ -261,27 +242,6 @@ def test_inplace_keeps_the_optimizers_parameters():
     assert not torch.equal(before, prepared[0].weight)
 
 
-def test_not_inplace_leaves_the_original_untouched():
-    model = mlp()
-    before = copy.deepcopy(model.state_dict())
-    qgraph.prepare(model, "W4", X)
-    assert type(model) is nn.Sequential and type(model[0]) is nn.Linear
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert not any("qgraph" in n for n, _ in model.named_modules())
-
-
-def test_prepare_leaves_random_state_buffers_and_mode_as_they_were():
-    model = CNN().eval()
-    x = torch.randn(2, 3, 16, 16)
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    prepared = qgraph.prepare(model, "W4", x)
-    assert torch.equal(torch.rand(1), expected)
-    assert not prepared.training and not prepared.bn1.training
-    assert all(torch.equal(a, b) for a, b in zip(prepared.buffers(), model.buffers(), strict=True))
-
-
 def test_lora_style_products_are_quantized_where_they_are_used():
     class Lora(nn.Module):
         def __init__(self):
@@ -313,20 +273,6 @@ def test_threads_capture_at_once_without_disturbing_each_other():
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mapping", [dict, UserDict, types.MappingProxyType])
-def test_examples_are_positional_or_a_mapping_of_keywords(mapping):
-    """As a tokenizer gives them, and as `export` and `compare` take them."""
-
-    class Masked(CNN):
-        def forward(self, x, scale):
-            return super().forward(x) * scale
-
-    x, scale = torch.randn(2, 3, 8, 8), torch.ones(())
-    for examples in (mapping({"x": x, "scale": scale}), [x, scale], (x, scale)):
-        found = coverage(qgraph.prepare(Masked(), "W4", examples))
-        assert found.graphs == coverage(qgraph.prepare(Masked(), "W4", (x,), example_kwargs={"scale": scale})).graphs
 
 
 def test_coverage_counts_graphs_and_misses():
@@ -477,25 +423,6 @@ def test_other_tracers_give_the_prepared_model_or_an_error():
         torch.fx.symbolic_trace(prepared)
 
 
-def test_what_the_examples_made_is_let_go_at_once():
-    """Not when Python next looks for cycles: it knows nothing of the size of tensors."""
-    storages = []
-    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 4)))
-    for module in net.modules():
-        module.register_forward_hook(lambda _, args, y: storages.append(StorageWeakRef(y.untyped_storage())))
-    gc.collect()
-    gc.disable()
-    try:
-        model = qgraph.prepare(net, "A4W2", (torch.randn(2, 4),))
-        first = len(storages)
-        model(torch.randn(3, 2, 4))
-        alive = [storage for storage in storages if not storage.expired()]
-    finally:
-        gc.enable()
-    assert 5 <= first < len(storages)
-    assert not alive
-
-
 class Label(tuple):
     """Two numbers that are read by name alone."""
 
@@ -528,27 +455,3 @@ def test_classes_with_rules_of_their_own():
     assert Registered.kinds == {"scaled": Scaled}
     assert isinstance(prepared, Scaled)
     assert not coverage(prepared).opaque
-
-
-@pytest.mark.parametrize(
-    "around",
-    [
-        nn.DataParallel,
-        AveragedModel,
-        lambda m: nn.Sequential(m, nn.Identity()),
-        functools.partial(torch.compile, backend="eager"),
-    ],
-)
-def test_what_switches_quantizers_takes_a_model_inside_another(around):
-    model = around(qgraph.prepare(mlp(), "W2", (X,)))
-    with qgraph.disabled(model):
-        assert torch.equal(model(X), mlp()(X))
-    assert not torch.equal(model(X), mlp()(X))
-    qgraph.set_enabled(model, False, "0.*")
-    assert not torch.equal(model(X), mlp()(X))
-    qgraph.set_enabled(model, False)
-    assert torch.equal(model(X), mlp()(X))
-    qgraph.clear_cache(model)
-    assert qgraph.cached_bytes(model) == 0
-    with pytest.raises(qgraph.errors.CaptureError, match="is not prepared"):
-        qgraph.set_enabled(around(mlp()), False)

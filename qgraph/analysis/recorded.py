@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qgraph.errors import InspectError
-from qgraph.graph import config_of, is_prepared, unwrapped
+from qgraph.graph import config_of, unwrapped
 
 SEQUENTIAL = ("LSTM", "GRU", "RNN", "MultiheadAttention")  # what else they return says nothing more
 
@@ -56,9 +56,7 @@ def record_module(name: str, model: nn.Module, inputs: Any) -> Recorded:
         flat = flat_model(model, flatten_inputs(model, inputs, None))
         for path, module in model.named_modules():
             if "qgraph" not in path.split("."):
-                found.kinds[path] = (
-                    type(module).__bases__[-1].__name__ if is_prepared(module) else type(module).__name__
-                )
+                found.kinds[path] = type(module).__name__
                 handles.append(module.register_forward_hook(_Keep(path, found)))
         model.eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -104,6 +102,5 @@ def parents(path: str) -> list[str]:
 def title_of(model: nn.Module) -> str:
     """The class of a model, and the config it is prepared with."""
     config = config_of(model)
-    if config is None:
-        return type(model).__name__
-    return f"{type(model).__bases__[-1].__name__} at {config}"
+    name = type(model).__name__
+    return name if config is None else f"{name} at {config}"

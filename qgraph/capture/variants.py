@@ -224,12 +224,12 @@ def _compilable(graph: fx.Graph) -> fx.Graph:
     """A copy of the graph to run: with other functions for those that torch.compile cannot take, and products that keep
     no quantized operands for backward.
     """
-    from qgraph.ops.grouped import grouped_mm
-
     copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
         nodes[node] = copied.node_copy(node, nodes.__getitem__)
         if node.op == "call_function" and name_of(node.target) in EAGER_ONLY:
+            from qgraph.ops.grouped import grouped_mm  # which registers an operator
+
             nodes[node].target = grouped_mm
         elif node.op == "call_function" and any(map(is_quantizer, node.all_input_nodes)):
             nodes[node].target = left_to_python(recomputing(node.target))

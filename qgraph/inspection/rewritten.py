@@ -118,7 +118,7 @@ def rewritten_code(model: nn.Module, path: str) -> RewrittenCode:
     for variant in state.variants:
         pair = graph_text(without_quantizers(variant.graph)), graph_text(variant.graph)
         pairs.setdefault(pair, []).append("train" if variant.training else "eval")
-    title = f"{path or 'the model'} ({type(module).__bases__[-1].__name__})"
+    title = f"{path or 'the model'} ({type(module).__name__})"
     nothing = _nothing_inserted(path, found)
     diffs = [
         _unified(before, after, f"{title}, {' and '.join(dict.fromkeys(modes))}", nothing)

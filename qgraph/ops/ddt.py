@@ -28,6 +28,7 @@ from torch import Tensor
 from qgraph.config import QuantSpec
 from qgraph.ops import ddt_cpu, native
 from qgraph.ops.codes import nonzero_scale, outside, round_affine, round_linear, step_and_offset, work_dtype
+from qgraph.ops.recompute import is_large
 from qgraph.ops.vmapped import vmapped
 
 
@@ -57,7 +58,8 @@ class DDT(torch.autograd.Function):
 
         dL/dx = mean(h) + (m / V) qc     (linear: without mean(h))
 
-    Kept for it: `dense`, which values are pruned, and six scalars a group. Codes are recomputed.
+    Kept for it: `dense`, six scalars a group, and `sparse`, or of a large one which values it prunes. Codes are
+    recomputed.
     """
 
     @staticmethod
@@ -79,9 +81,8 @@ class DDT(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         dense, sparse, ctx.spec, known = inputs
-        # Whether `restored` gives the values again; those that are remembered are held all the same.
-        compiled = native.quantizes(ctx.spec, dense, sparse)
-        ctx.restorable = known is None and compiled
+        compiled = is_large(dense) and native.quantizes(ctx.spec, dense, sparse)
+        ctx.restorable = compiled and known is None  # what is remembered is held all the same
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         kept = sparse if sparse is None or not compiled else sparse.bool()
@@ -109,7 +110,7 @@ class DDT(torch.autograd.Function):
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`dense`, `sparse` and the statistics of a forward pass; of pruned values, mostly, a byte each was kept."""
+    """`dense`, `sparse` and the statistics of a forward pass; of large `sparse` a byte a value was kept."""
     dense, sparse, stats = ctx.saved_tensors
     if sparse is not None and sparse.dtype == torch.bool:
         sparse = dense.detach() * sparse.view(torch.uint8)  # a product with bool is slower, and torch.where by far

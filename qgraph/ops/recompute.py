@@ -20,6 +20,11 @@ LARGE = 1 << 18  # values: below, the bookkeeping takes longer than the pass and
 _LAYOUTS = frozenset({"ViewBackward0", "PermuteBackward0", "TransposeBackward0", "TBackward0", "AliasBackward0"})
 
 
+def is_large(tensor: Tensor) -> bool:
+    """Whether a quantized tensor of this size is computed again; none of a trace, whose sizes are tensors."""
+    return not torch.jit.is_tracing() and tensor.numel() >= LARGE
+
+
 @functools.lru_cache(maxsize=256)
 def recomputing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function`, a product, without quantized operands among what it keeps for backward.
@@ -30,16 +35,21 @@ def recomputing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if traced or not torch.is_grad_enabled() or not any(map(_quantizer_of, args)):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(map(_quantizer_of, args)):
             return function(*args, **kwargs)
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if not _hooks_are_free():
             return function(*args, **kwargs)
         with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             return function(*args, **kwargs)
 
     run.__name__ = function.__name__  # the rest stays ours: generated code calls by qualified name
     return run
+
+
+def _hooks_are_free() -> bool:
+    """Whether nobody has hooks for what is saved, or forbids them."""
+    autograd: Any = torch._C._autograd
+    return autograd._saved_tensors_hooks_is_enabled() and autograd._top_saved_tensors_default_hooks(True) is None
 
 
 class _Kept:
@@ -84,7 +94,7 @@ def _unpack(packed: _Kept | _Recomputed) -> Tensor:
 
 def _quantizer_of(tensor: Any) -> Any:
     """The node of the operation whose result a large tensor shows, where that can be had again; else None."""
-    if type(tensor) is not Tensor or tensor.numel() < LARGE:
+    if type(tensor) is not Tensor or not is_large(tensor):
         return None
     node: Any = tensor.grad_fn
     while node is not None and node.name() in _LAYOUTS:

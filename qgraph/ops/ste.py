@@ -26,6 +26,7 @@ from qgraph.ops.codes import (
     step_and_offset,
     work_dtype,
 )
+from qgraph.ops.recompute import is_large
 from qgraph.ops.vmapped import vmapped
 
 
@@ -33,7 +34,7 @@ from qgraph.ops.vmapped import vmapped
 class StraightThrough(torch.autograd.Function):
     """`s q + b` with the identity as gradient, also where codes are clipped, as in BitNet b1.58.
 
-    Backward needs nothing; values of the compiled passes are kept to be quantized again (`qgraph.ops.recompute`).
+    Backward needs nothing. A large tensor is kept in place of its result, to be quantized again (see `recompute`).
     """
 
     @staticmethod
@@ -46,7 +47,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.restorable = _compiled(*inputs)
+        ctx.restorable = is_large(inputs[0]) and _compiled(*inputs)
         if ctx.restorable:
             ctx.spec = inputs[1]
             ctx.save_for_backward(inputs[0])
